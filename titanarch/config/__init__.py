@@ -1,0 +1,1 @@
+"""Configuration: schemas, errors, registries and the TOML loader. Knows nothing of torch or of the root schema."""

@@ -1,0 +1,97 @@
+"""Registries: the components of one slot by name, and the configuration field that picks one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from titanarch.config.errors import did_you_mean, shown
+from titanarch.config.section import Section
+
+
+class ComponentConfig(Section):
+    """The table of one component. Registering the component sets ``kind``, its name in the table."""
+
+    kind: ClassVar[str] = ""
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"kind": self.kind, **serialize(self)}
+
+
+class Component(Protocol):
+    """What can be registered: a class that names the schema of its table."""
+
+    Config: ClassVar[type[ComponentConfig]]
+
+
+C = TypeVar("C", bound=Component)
+R = TypeVar("R", bound=Component)
+
+
+class Registry(Generic[R]):
+    """The components of one slot.
+
+    Register with ``@ACTIVATIONS.register("relu")``. Use as the metadata of a configuration field,
+    ``activation: Annotated[ActivationConfig, ACTIVATIONS]``: the field then takes ``"relu"`` or
+    ``{kind = "relu", ...}`` and holds the component's own Config, whatever is registered by then.
+    """
+
+    def __init__(self, slot: str) -> None:
+        self.slot = slot
+        self._components: dict[str, type[R]] = {}
+
+    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+        """Class decorator: make the component known under ``name``. A taken name is a ValueError."""
+
+        def add(component: type[C]) -> type[C]:
+            if name in self._components:
+                raise ValueError(f"{self.slot} '{name}' is registered already, by {self._components[name].__qualname__}")
+            if component.Config.kind:
+                raise ValueError(f"{component.Config.__qualname__} serves '{component.Config.kind}'; '{name}' needs a Config of its own")
+            component.Config.kind = name
+            self._components[name] = component  # type: ignore[assignment]
+            return component
+
+        return add
+
+    def __getitem__(self, name: str) -> type[R]:
+        return self._components[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._components))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._components
+
+    def of(self, config: ComponentConfig) -> type[R]:
+        """The component that ``config`` configures."""
+        return self._components[config.kind]
+
+    def resolve(self, value: Any) -> ComponentConfig:
+        """A name, a table with ``kind``, or a Config made already, as the component's Config."""
+        if isinstance(value, ComponentConfig):
+            return value
+        table = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(table, dict) or not isinstance(table.get("kind"), str):
+            raise PydanticCustomError("component", f"{shown(value)} is no {self.slot}: give a name or a table with 'kind'" + did_you_mean("", self))
+        kind = table["kind"]
+        if kind not in self._components:
+            raise PydanticCustomError("component", f"unknown {self.slot} '{kind}'{did_you_mean(kind, self)}")
+        return self._components[kind].Config.model_validate({k: v for k, v in table.items() if k != "kind"})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.resolve,
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda config: config.model_dump()),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        options: list[dict[str, Any]] = [{"enum": list(self)}]
+        for name in self:
+            table = self._components[name].Config.model_json_schema()
+            table["properties"] = {"kind": {"const": name}, **table.get("properties", {})}
+            table["required"] = ["kind", *table.get("required", [])]
+            options.append(table)
+        return {"anyOf": options}
