@@ -14,10 +14,11 @@ class ComponentConfig(Section):
     """The table of one component. Registering the component sets ``kind``, its name in the table."""
 
     kind: ClassVar[str] = ""
+    kind_key: ClassVar[str] = "kind"
 
     @model_serializer(mode="wrap")
     def _with_kind(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {"kind": self.kind, **serialize(self)}
+        return {self.kind_key: self.kind, **serialize(self)}
 
 
 class Component(Protocol):
@@ -36,10 +37,12 @@ class Registry(Generic[R]):
     Register with ``@ACTIVATIONS.register("relu")``. Use as the metadata of a configuration field,
     ``activation: Annotated[ActivationConfig, ACTIVATIONS]``: the field then takes ``"relu"`` or
     ``{kind = "relu", ...}`` and holds the component's own Config, whatever is registered by then.
+    ``key``: the key of the table that names the component, where it is not ``kind``.
     """
 
-    def __init__(self, slot: str) -> None:
+    def __init__(self, slot: str, key: str = "kind") -> None:
         self.slot = slot
+        self.key = key
         self._components: dict[str, type[R]] = {}
 
     def register(self, name: str) -> Callable[[type[C]], type[C]]:
@@ -51,6 +54,7 @@ class Registry(Generic[R]):
             if component.Config.kind:
                 raise ValueError(f"{component.Config.__qualname__} serves '{component.Config.kind}'; '{name}' needs a Config of its own")
             component.Config.kind = name
+            component.Config.kind_key = self.key
             self._components[name] = component  # type: ignore[assignment]
             return component
 
@@ -73,13 +77,13 @@ class Registry(Generic[R]):
         """A name, a table with ``kind``, or a Config made already, as the component's Config."""
         if isinstance(value, ComponentConfig):
             return value
-        table = {"kind": value} if isinstance(value, str) else value
-        if not isinstance(table, dict) or not isinstance(table.get("kind"), str):
-            raise PydanticCustomError("component", f"{shown(value)} is no {self.slot}: give a name or a table with 'kind'" + did_you_mean("", self))
-        kind = table["kind"]
+        table = {self.key: value} if isinstance(value, str) else value
+        if not isinstance(table, dict) or not isinstance(table.get(self.key), str):
+            raise PydanticCustomError("component", f"{shown(value)} is no {self.slot}: give a name or a table with '{self.key}'" + did_you_mean("", self))
+        kind = table[self.key]
         if kind not in self._components:
             raise PydanticCustomError("component", f"unknown {self.slot} '{kind}'{did_you_mean(kind, self)}")
-        return self._components[kind].Config.model_validate({k: v for k, v in table.items() if k != "kind"})
+        return self._components[kind].Config.model_validate({k: v for k, v in table.items() if k != self.key})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -91,7 +95,7 @@ class Registry(Generic[R]):
         options: list[dict[str, Any]] = [{"enum": list(self)}]
         for name in self:
             table = self._components[name].Config.model_json_schema()
-            table["properties"] = {"kind": {"const": name}, **table.get("properties", {})}
-            table["required"] = ["kind", *table.get("required", [])]
+            table["properties"] = {self.key: {"const": name}, **table.get("properties", {})}
+            table["required"] = [self.key, *table.get("required", [])]
             options.append(table)
         return {"anyOf": options}

@@ -1,0 +1,78 @@
+"""Channel mixers: what transforms each token by itself; and the parts they are made of: activations."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.cost import Cost
+from titanarch.contract.init import Init
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.shape import ModelShape
+from titanarch.contract.side_channels import Carry
+from titanarch.contract.split import Split
+
+
+class ChannelConfig(ComponentConfig):
+    """The table of one channel mixer, [model.channel]."""
+
+
+class ChannelMixer(nn.Module, ABC):
+    """What a block applies to every token. ``seq`` serves those that look at the token before (RWKV)."""
+
+    Config: ClassVar[type[ChannelConfig]]
+    tensor_parallel: ClassVar[Mapping[str, Split]]
+    """Every direct child and parameter."""
+    float8: ClassVar[frozenset[str]] = frozenset()
+    """The Linears that may go to float8."""
+    fp32: ClassVar[frozenset[str]] = frozenset()
+    """Children that stay fp32 in compute."""
+
+    @abstractmethod
+    def __init__(self, config: ChannelConfig, shape: ModelShape, layer: int) -> None:
+        """Allocate parameters; ``layer`` counts blocks from 0."""
+        super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def cost(config: ChannelConfig, shape: ModelShape) -> Cost:
+        """Parameters and forward FLOPs a token."""
+
+    @abstractmethod
+    def reset_parameters(self, init: Init) -> None:
+        """Fill every parameter through ``init``; the docstring lists each initializer."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """What is added to the residual stream, [B, T, D]."""
+
+    def run(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
+        """``forward``; those with auxiliary losses override it and add them to the carry."""
+        out: Tensor = self(x_BTD, seq)
+        return out, carry
+
+
+class ActivationConfig(ComponentConfig):
+    """The table of one activation."""
+
+
+class Activation(nn.Module, ABC):
+    """Applied to [..., F] hidden units; the same shape comes back."""
+
+    Config: ClassVar[type[ActivationConfig]]
+
+    def __init__(self, config: ActivationConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] to [..., F]."""
+
+
+CHANNELS: Registry[ChannelMixer] = Registry("channel mixer")
+channel_mixer = CHANNELS.register
+ACTIVATIONS: Registry[Activation] = Registry("activation")
+activation = ACTIVATIONS.register

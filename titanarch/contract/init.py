@@ -1,0 +1,115 @@
+"""Initial weights keyed by name: the same seed gives the same weights on any mesh, and adding a module shifts no other.
+
+Each parameter is drawn on the CPU, in fp32, on its global shape, from a generator seeded by the run's seed and the
+parameter's qualified name, then cut to what this process holds.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from titanarch.config.section import Section
+
+Draw = Callable[[torch.Size, torch.Generator], Tensor]
+Scheme = Literal["gpt2", "pytorch", "depth_scaled"]
+
+
+class InitConfig(Section):
+    """[model.init]: how weights start."""
+
+    scheme: Scheme = Field(
+        "gpt2",
+        description="gpt2: N(0, std), residual outputs over sqrt(2 n_layers); pytorch: U(+-1/sqrt(fan_in)), embedding N(0, 1); "
+        "depth_scaled: N(0, std), residual outputs of block l over sqrt(2 (l + 1))",
+    )
+    std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of normal draws; unused by pytorch")
+
+
+def qualified_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Each module's name in the bare model; take it before wrappers rename anything."""
+    return {module: name for name, module in model.named_modules()}
+
+
+class Init:
+    """Fills parameters. ``reset_parameters(init)`` of a component calls it for every parameter it owns.
+
+    names: from ``qualified_names`` of the bare model. seed: the run's. n_layers: blocks in the model.
+    """
+
+    def __init__(self, config: InitConfig, *, names: Mapping[nn.Module, str], seed: int, n_layers: int) -> None:
+        self.config = config
+        self.n_layers = n_layers
+        self._names = names
+        self._seed = seed
+        self.filled: set[str] = set()
+
+    def linear(self, module: nn.Linear) -> None:
+        """A linear layer's weight and bias by the scheme."""
+        fan_in = module.in_features
+        if self.config.scheme == "pytorch":
+            self.uniform(module, "weight", 1 / math.sqrt(fan_in))
+        else:
+            self.normal(module, "weight", self.config.std)
+        self._bias(module, fan_in)
+
+    def residual_output(self, module: nn.Linear, layer: int) -> None:
+        """A linear layer that writes to the residual stream, in block ``layer``."""
+        if self.config.scheme == "pytorch":
+            return self.linear(module)
+        depth = self.n_layers if self.config.scheme == "gpt2" else layer + 1
+        self.normal(module, "weight", self.config.std / math.sqrt(2 * depth))
+        return self._bias(module, module.in_features)
+
+    def embedding(self, module: nn.Embedding) -> None:
+        """A table of vectors by the scheme: N(0, 1) for pytorch, else N(0, std)."""
+        self.normal(module, "weight", 1.0 if self.config.scheme == "pytorch" else self.config.std)
+
+    def normal(self, module: nn.Module, name: str, std: float, *, mean: float = 0.0) -> None:
+        self.fill(module, name, lambda shape, g: torch.randn(shape, generator=g) * std + mean)
+
+    def uniform(self, module: nn.Module, name: str, bound: float, *, center: float = 0.0) -> None:
+        self.fill(module, name, lambda shape, g: (torch.rand(shape, generator=g) * 2 - 1) * bound + center)
+
+    def constant(self, module: nn.Module, name: str, value: float) -> None:
+        self.fill(module, name, lambda shape, _: torch.full(shape, value))
+
+    def fill(self, module: nn.Module, name: str, draw: Draw) -> None:
+        """Set parameter ``name`` of ``module`` to ``draw(global shape, generator)``."""
+        prefix = self._names[module]
+        qualified = f"{prefix}.{name}" if prefix else name
+        parameter = module.get_parameter(name)
+        value = draw(parameter.shape, name_keyed_generator(self._seed, qualified))
+        _assign(parameter, value)
+        self.filled.add(qualified)
+
+    def _bias(self, module: nn.Linear, fan_in: int) -> None:
+        if module.bias is None:
+            return
+        if self.config.scheme == "pytorch":
+            self.uniform(module, "bias", 1 / math.sqrt(fan_in))
+        else:
+            self.constant(module, "bias", 0.0)
+
+
+def name_keyed_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@torch.no_grad()
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    value = value.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        whole = value.to(parameter.device)
+        # Every process draws the same value, so no process has to send it: src_data_rank=None cuts locally.
+        shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(value)

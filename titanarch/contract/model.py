@@ -1,0 +1,94 @@
+"""Models: what the trainer, the evaluators and parallel/ know of one.
+
+Shapes: B rows, T tokens, D model dim, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.cost import Cost
+from titanarch.contract.init import Init
+from titanarch.contract.mixer import State
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.side_channels import Aux
+
+
+class ModelConfig(ComponentConfig):
+    """The [model] table; ``name`` picks the model spec."""
+
+
+class Objective(NamedTuple):
+    """What one micro-batch adds to the objective; all fp32 scalars.
+
+    ``total``: summed over its valid targets and differentiated. ``loss_sum``, ``z_sum``: the cross-entropy and the
+    squared log-partition in it, summed, without gradient. ``n_targets``: valid targets. ``aux``: see Aux.
+    """
+
+    total: Tensor
+    loss_sum: Tensor
+    z_sum: Tensor
+    n_targets: Tensor
+    aux: Mapping[str, Aux]
+
+
+class Model(nn.Module, ABC):
+    """Token embedding, blocks, final norm, head. Embedding, head and loss run inside the root's forward.
+
+    Subclasses take ``(config, vocab_size, seq_len)`` and are built on the meta device first.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    flavors: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Named sizes: defaults of the [model] table."""
+    fsdp_units: ClassVar[Literal["blocks", "root"]] = "blocks"
+    """Whether each block is an FSDP unit, or the root alone (models that differentiate inside their forward)."""
+
+    @abstractmethod
+    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int) -> None:
+        """``vocab_size``: rows of the embedding. ``seq_len``: longest sequence trained on, tokens."""
+        super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def cost(config: ModelConfig, vocab_size: int, seq_len: int) -> Cost:
+        """Exact parameter counts, and forward FLOPs a token at ``seq_len``."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """The repeated units, first one first: what compile, activation checkpointing and FSDP wrap."""
+
+    @abstractmethod
+    def reset_parameters(self, init: Init) -> None:
+        """Fill every parameter of every component through ``init``."""
+
+    @abstractmethod
+    def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
+        """The objective on next-token labels; label -100 is no target. ``z_weight``: of squared log-partition."""
+
+    @abstractmethod
+    def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of every token, fp32 nats [B, T], 0 where the label is -100; never whole logits."""
+
+    @abstractmethod
+    def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
+        """Next-token logits, fp32 [B, T, V]."""
+
+    def max_length(self) -> int | None:
+        """Longest row the model can read, tokens, or None where any length works."""
+        return None
+
+    def initial_state(self, n_rows: int) -> list[State]:
+        """Each block's state before the first token, for ``step``."""
+        raise NotImplementedError(f"{type(self).__qualname__} cannot decode a token at a time")
+
+    def step(self, tokens_B1: Tensor, index: int, states: list[State]) -> tuple[Tensor, list[State]]:
+        """Logits [B, V] after token number ``index`` of each row, and the new states."""
+        raise NotImplementedError(f"{type(self).__qualname__} cannot decode a token at a time")
+
+
+MODELS: Registry[Model] = Registry("model", key="name")
+model = MODELS.register

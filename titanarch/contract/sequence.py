@@ -1,0 +1,84 @@
+"""What a component may know of its tokens.
+
+Shapes: B rows, T tokens on this process, N tokens of a whole row.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class Halo(ABC):
+    """Brings tokens that precede the ones on this process; parallel/ injects the form that communicates."""
+
+    @abstractmethod
+    def shift(self, x: Tensor, n: int) -> Tensor:
+        """The tokens ``n`` earlier in the row, [B, T, ...] like ``x``; anything where the row has none."""
+
+
+class LocalHalo(Halo):
+    """Every row is whole on this process."""
+
+    def shift(self, x: Tensor, n: int) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:, :n]), x[:, : max(x.shape[1] - n, 0)]], dim=1)
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """The tokens of a batch on this process.
+
+    ``position_BT``: index of each token inside its document. ``document_BT``: number of its document in the row.
+    ``index_T``: index of each token in its row, the same for all rows; under context parallelism the tokens here
+    are not the first ones, so an ``arange(T)`` in a component is a bug. ``row_B``: number of each row in the run,
+    which keys random draws. ``length``: tokens of a whole row. ``seed``: the run's. ``packed``: False promises
+    that every row is one document. ``contiguous``: whether ``index_T`` counts up by one. ``cu_seqlens``: starts of
+    the documents in the flattened batch, int32, padded to a fixed length with the number of tokens.
+    """
+
+    position_BT: Tensor
+    document_BT: Tensor
+    index_T: Tensor
+    row_B: Tensor
+    length: int
+    seed: int
+    packed: bool = True
+    contiguous: bool = True
+    cu_seqlens: Tensor | None = None
+    halo: Halo = field(default_factory=LocalHalo)
+
+    def previous(self, x: Tensor, n: int) -> Tensor:
+        """The tokens ``n`` earlier in the same document, [B, T, ...] like ``x``; zero where the document has none."""
+        if n == 0:
+            return x
+        shifted = self.halo.shift(x, n)
+        outside = (self.position_BT < n).reshape(*self.position_BT.shape, *[1] * (x.dim() - 2))
+        return shifted.masked_fill(outside, 0)
+
+    @staticmethod
+    def whole(n_rows: int, length: int, *, seed: int = 0, first_row: int = 0, device: torch.device | str = "cpu") -> "SequenceInfo":
+        """Rows of one document each, whole on this process: what generation and tests use."""
+        index_T = torch.arange(length, device=device)
+        return SequenceInfo(
+            position_BT=index_T.expand(n_rows, length),
+            document_BT=torch.zeros(n_rows, length, dtype=torch.int64, device=device),
+            index_T=index_T,
+            row_B=torch.arange(first_row, first_row + n_rows, device=device),
+            length=length,
+            seed=seed,
+            packed=False,
+        )
+
+
+@dataclass(frozen=True)
+class MixSequence:
+    """The two sides of a mix step: queries are the tokens written, keys the tokens read.
+
+    They are the same object but under context parallelism by GATHER or RING, and in decoding with a cache.
+    """
+
+    query: SequenceInfo
+    key: SequenceInfo
+
+
