@@ -1,0 +1,1 @@
+"""Checkpoints: saving, committing, verifying and loading the state of a run."""

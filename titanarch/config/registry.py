@@ -6,8 +6,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from titanarch.config.errors import did_you_mean, shown
+from titanarch.config.errors import did_you_mean
 from titanarch.config.section import Section
+
+SLOT = "x-slot"
+"""The key of a JSON schema that stands for a component of the slot it names."""
 
 
 class ComponentConfig(Section):
@@ -79,7 +82,7 @@ class Registry(Generic[R]):
             return value
         table = {self.key: value} if isinstance(value, str) else value
         if not isinstance(table, dict) or not isinstance(table.get(self.key), str):
-            raise PydanticCustomError("component", f"{shown(value)} is no {self.slot}: give a name or a table with '{self.key}'" + did_you_mean("", self))
+            raise PydanticCustomError("component_form", f"the name of a known {self.slot} ({', '.join(self)}) or a table with '{self.key}'")
         kind = table[self.key]
         if kind not in self._components:
             raise PydanticCustomError("component", f"unknown {self.slot} '{kind}'{did_you_mean(kind, self)}")
@@ -92,10 +95,5 @@ class Registry(Generic[R]):
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        options: list[dict[str, Any]] = [{"enum": list(self)}]
-        for name in self:
-            table = self._components[name].Config.model_json_schema()
-            table["properties"] = {self.key: {"const": name}, **table.get("properties", {})}
-            table["required"] = [self.key, *table.get("required", [])]
-            options.append(table)
-        return {"anyOf": options}
+        """The slot by name; ``config.schema`` puts the schemas of its components in."""
+        return {SLOT: self.slot}

@@ -69,8 +69,8 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTHV: Tensor, gain_HV: Tensor) -> Tensor:
-        """x: [B, T, H, V] of the local heads; gain: [H, V]. Statistics in fp32."""
-        x = x_BTHV.float()
+        """x: [B, T, H, V] of the local heads; gain: [H, V]. Statistics in fp32 at least."""
+        x = x_BTHV.to(torch.promote_types(x_BTHV.dtype, torch.float32))
         if self.n_groups % self.degree == 0:
             x_BTGC = x.unflatten(2, (self.n_groups // self.degree, -1)).flatten(3)
             y = (x_BTGC * torch.rsqrt(x_BTGC.square().mean(-1, keepdim=True) + self.eps)).reshape(x.shape)

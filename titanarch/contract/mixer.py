@@ -65,11 +65,13 @@ class BaseMixer(nn.Module, ABC):
     """What a block calls. ``SequenceMixer`` and ``LocalMixer`` are the two ways to write one."""
 
     Config: ClassVar[type[MixerConfig]]
+    accepts_packed_rows: bool = True
+    """Whether documents packed into one row may reach it: they stay apart, or the user lets them mix."""
 
     @staticmethod
     @abstractmethod
-    def cost(config: MixerConfig, shape: ModelShape) -> Cost:
-        """Parameters, forward FLOPs a token at ``shape.seq_len``, state bytes."""
+    def cost(config: MixerConfig, shape: ModelShape, layer: int) -> Cost:
+        """Parameters, forward FLOPs a token at ``shape.seq_len``, state bytes of block ``layer``'s mixer."""
 
     @abstractmethod
     def reset_parameters(self, init: Init) -> None:
@@ -97,12 +99,14 @@ class SequenceMixer(BaseMixer):
     """Children that stay fp32 in compute: each becomes an FSDP unit of its own."""
 
     mix_step: Mix = staticmethod(mix_whole)
-    config: MixerConfig
 
     @abstractmethod
     def __init__(self, config: MixerConfig, shape: ModelShape, layer: int) -> None:
         """Allocate parameters; ``layer`` counts blocks from 0."""
         super().__init__()
+        self.config = config
+        self.layer = layer
+        self.declared_streams = self.streams(config, shape)
 
     @staticmethod
     @abstractmethod
@@ -124,10 +128,13 @@ class SequenceMixer(BaseMixer):
     def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """Back to the model: [B, T, D]."""
 
-    def head_params(self, seq: SequenceInfo, carry: Carry) -> Mapping[str, Tensor]:
-        """Every PER_HEAD and SHARED tensor that ``mix`` reads, of all heads: parameters in fp32, and tables."""
-        head = getattr(self, "head", None)
-        return head() if isinstance(head, HeadParams) else {}
+    def head_params(self, seq: SequenceInfo, carry: Carry) -> tuple[Mapping[str, Tensor], Carry]:
+        """Every PER_HEAD and SHARED tensor that ``mix`` reads, of all heads: parameters in fp32, and tables.
+
+        By default what the child ``head`` holds, where there is a HeadParams of that name.
+        """
+        head = self._modules.get("head")
+        return (head() if isinstance(head, HeadParams) else {}), carry
 
     def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first token, for ``step``."""
@@ -136,7 +143,8 @@ class SequenceMixer(BaseMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
         """merge(mix(project(x))). Final: override the three steps instead."""
         streams, carry = self.project(x_BTD, seq, carry)
-        result = self.mix_step(self, streams, self.head_params(seq, carry), MixSequence(query=seq, key=seq))
+        head_params, carry = self.head_params(seq, carry)
+        result = self.mix_step(self, streams, head_params, MixSequence(query=seq, key=seq, site=self.layer))
         return self.merge(result.y_BTHV, x_BTD), carry
 
     def run(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
@@ -146,7 +154,8 @@ class SequenceMixer(BaseMixer):
     def step(self, x_B1D: Tensor, seq: MixSequence, carry: Carry, state: State) -> tuple[Tensor, Carry, State]:
         """One token, [B, 1, D], after ``state``; equals that position of ``forward`` on the whole row."""
         streams, carry = self.project(x_B1D, seq.query, carry)
-        result = self.mix(self.config, streams, self.head_params(seq.key, carry), seq, state)
+        head_params, carry = self.head_params(seq.key, carry)
+        result = self.mix(self.config, streams, head_params, seq, state)
         assert result.state is not None, f"{type(self).__qualname__}.mix was given a state and returned none"
         return self.merge(result.y_BTHV, x_B1D), carry, result.state
 

@@ -32,9 +32,10 @@ class SequenceInfo:
     ``position_BT``: index of each token inside its document. ``document_BT``: number of its document in the row.
     ``index_T``: index of each token in its row, the same for all rows; under context parallelism the tokens here
     are not the first ones, so an ``arange(T)`` in a component is a bug. ``row_B``: number of each row in the run,
-    which keys random draws. ``length``: tokens of a whole row. ``seed``: the run's. ``packed``: False promises
-    that every row is one document. ``contiguous``: whether ``index_T`` counts up by one. ``cu_seqlens``: starts of
-    the documents in the flattened batch, int32, padded to a fixed length with the number of tokens.
+    which keys random draws. ``length``: tokens of a whole row. ``seed``: the run's, or None where nothing is drawn
+    (evaluation, generation). ``packed``: False promises that every row is one document. ``contiguous``: whether ``index_T`` counts up by one. ``cu_seqlens``: starts of
+    the documents in the flattened batch, int32, padded to a fixed length with the number of tokens. ``whole_row``:
+    the same batch undivided, where context parallelism divides it.
     """
 
     position_BT: Tensor
@@ -42,11 +43,12 @@ class SequenceInfo:
     index_T: Tensor
     row_B: Tensor
     length: int
-    seed: int
+    seed: int | None
     packed: bool = True
     contiguous: bool = True
     cu_seqlens: Tensor | None = None
     halo: Halo = field(default_factory=LocalHalo)
+    whole_row: "SequenceInfo | None" = None
 
     def previous(self, x: Tensor, n: int) -> Tensor:
         """The tokens ``n`` earlier in the same document, [B, T, ...] like ``x``; zero where the document has none."""
@@ -57,7 +59,7 @@ class SequenceInfo:
         return shifted.masked_fill(outside, 0)
 
     @staticmethod
-    def whole(n_rows: int, length: int, *, seed: int = 0, first_row: int = 0, device: torch.device | str = "cpu") -> "SequenceInfo":
+    def whole(n_rows: int, length: int, *, seed: int | None = None, first_row: int = 0, device: torch.device | str = "cpu") -> "SequenceInfo":
         """Rows of one document each, whole on this process: what generation and tests use."""
         index_T = torch.arange(length, device=device)
         return SequenceInfo(
@@ -76,9 +78,13 @@ class MixSequence:
     """The two sides of a mix step: queries are the tokens written, keys the tokens read.
 
     They are the same object but under context parallelism by GATHER or RING, and in decoding with a cache.
+    ``first_head``: global number of the first query head here, and ``site``: number of the block; both key random
+    draws.
     """
 
     query: SequenceInfo
     key: SequenceInfo
+    first_head: int = 0
+    site: int = 0
 
 

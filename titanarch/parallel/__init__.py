@@ -1,0 +1,1 @@
+"""Applies what components declare: meshes, collectives, FSDP2, tensor and context parallelism."""

@@ -1,0 +1,22 @@
+"""What holds for every test: settings that must stand before torch is imported, and the gpu marker."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # repeatable sums, and room for tests that start processes
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked worker otherwise
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # the tests are never part of somebody's process group
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what carries the marker ``gpu`` where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))

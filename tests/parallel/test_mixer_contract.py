@@ -1,0 +1,129 @@
+"""The contract, proven before anything rests on it: attention and a toy SSM give on two processes what they give on one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_distributed
+from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
+from titanarch.contract.init import Init, InitConfig, qualified_names
+from titanarch.contract.mixer import SequenceMixer
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.shape import ModelShape
+from titanarch.contract.side_channels import Carry
+from titanarch.contract.split import ContextParallel
+import titanarch.models.components  # noqa: F401 (registers the position schemes)
+from titanarch.models.mixers.attention import Attention, AttentionConfig
+from titanarch.parallel.context_parallel import apply_context_parallel, shard_sequence
+from titanarch.parallel.tensor_parallel import apply_tensor_parallel
+
+B, T, D = 2, 12, 16
+SHAPE = ModelShape(d_model=D, vocab_size=32, seq_len=T, layers=("mixer",))
+
+
+def attention(**options: object) -> Attention:
+    return Attention(AttentionConfig.model_validate({"n_heads": 4, **options}), SHAPE, 0)
+
+
+MIXERS = {
+    "alibi": lambda: attention(position="alibi"),
+    "gqa_everything": lambda: attention(
+        n_kv_heads=2, position=["linear_cpb", "rotary"], window=5, soft_cap=5.0, qk_norm=True, sinks=True, output_gate=True,
+        qkv_bias=True, out_bias=True,
+    ),
+    "mqa": lambda: attention(n_kv_heads=1, position="rotary"),
+    "dropout": lambda: attention(dropout=0.3),
+    "toy_ssm": lambda: ToySSM(ToySSMConfig(), SHAPE, 0),
+    "toy_ssm_four_heads": lambda: ToySSM(ToySSMConfig(n_heads=4, n_groups=2), SHAPE, 0),
+}  # fmt: skip
+ATTENTION = [name for name in MIXERS if "ssm" not in name]
+CASES = (
+    [(name, "tensor") for name in MIXERS]
+    + [(name, "heads") for name in MIXERS]
+    + [(name, "gather") for name in ATTENTION]
+    + [(name, "state") for name in MIXERS if "ssm" in name]
+)
+
+
+def build(name: str) -> SequenceMixer:
+    mixer = MIXERS[name]().double()
+    mixer.reset_parameters(Init(InitConfig(std=0.3), names=qualified_names(mixer), seed=1, n_layers=1))
+    return mixer
+
+
+def packed_rows() -> SequenceInfo:
+    """Row 0 is documents of 5 and 7 tokens, row 1 of 8 and 4."""
+    position = torch.stack([torch.cat([torch.arange(n), torch.arange(T - n)]) for n in (5, 8)])
+    document = torch.stack([(torch.arange(T) >= n).long() for n in (5, 8)])
+    return SequenceInfo(position, document, torch.arange(T), torch.tensor([3, 4]), length=T, seed=0, packed=True)
+
+
+def outcome(mixer: SequenceMixer, x: torch.Tensor, seq: SequenceInfo, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and the gradients of input and parameters, for the loss sum(output * weights)."""
+    x = x.clone().requires_grad_()
+    y, _ = mixer(x, seq, Carry.empty())
+    (y * weights).sum().backward()
+    grads = {name: p.grad for name, p in mixer.named_parameters()}
+    return {"output": y.detach(), "input": x.grad, **grads}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B, T, D, generator=generator, dtype=torch.float64), torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+
+
+def on_every_process() -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """Every case on this process, its results made whole again."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
+    group = mesh.get_group()
+    results = {}
+    for name, method in CASES:
+        mixer, seq, (x, weights) = build(name), packed_rows(), inputs()
+        if method == "tensor":
+            apply_tensor_parallel(mixer, mesh)
+            found = outcome(mixer, x, seq, weights)
+            results[name, method] = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in found.items()}
+            continue
+        apply_context_parallel(mixer, group, ContextParallel(method))
+        part = slice(rank * T // world_size, (rank + 1) * T // world_size)
+        found = outcome(mixer, x[:, part], shard_sequence(seq, group), weights[:, part])
+        for key, value in found.items():
+            if key in ("output", "input"):
+                gathered = [torch.empty_like(value) for _ in range(world_size)]
+                dist.all_gather(gathered, value.contiguous())
+                found[key] = torch.cat(gathered, 1)
+            else:
+                dist.all_reduce(value)
+        results[name, method] = found
+    return results
+
+
+@pytest.fixture(scope="module")
+def both_ranks() -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
+    return run_distributed(on_every_process, 2)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_two_processes_equal_one(both_ranks, name: str, method: str) -> None:
+    x, weights = inputs()
+    expected = outcome(build(name), x, packed_rows(), weights)
+    for found in both_ranks:
+        assert found[name, method].keys() == expected.keys()
+        for key, value in expected.items():
+            assert value is not None, f"{key} had no gradient on one process"
+            torch.testing.assert_close(found[name, method][key], value, rtol=1e-10, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def refusal() -> str:
+    mixer = build("toy_ssm")
+    mixer.tensor_parallel = {k: v for k, v in mixer.tensor_parallel.items() if k != "gain_P"}
+    with pytest.raises(ValueError, match="does not declare") as error:
+        apply_tensor_parallel(mixer, init_device_mesh("cpu", (1,)))
+    return str(error.value)
+
+
+def test_an_undeclared_parameter_is_refused() -> None:
+    assert "gain_P" in run_distributed(refusal, 1)[0]

@@ -1,0 +1,111 @@
+"""Where checkpoints lie: the one file that touches their storage, a folder or an fsspec URL."""
+
+import os
+import re
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from titanarch.checkpoint.marker import MARKER, Marker
+from titanarch.checkpoint.torch_io import METADATA, LocalReader, LocalWriter, UrlReader, UrlWriter, read_index
+
+_FOLDER = re.compile(r"step-(\d{8,})(?:-\d+)?")
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """``step-00000100``; a later attempt of the same step, next to a committed one, gets ``-1``, ``-2`` ..."""
+    return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
+
+
+def step_of(folder: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None where it is no such name."""
+    match = _FOLDER.fullmatch(folder)
+    return int(match[1]) if match else None
+
+
+class Storage:
+    """The checkpoints below one location; ``folder`` is always the name of one checkpoint."""
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location).rstrip("/")
+        self.is_url = "://" in self.location
+        self._fs, self._root = url_to_fs(self.location)
+
+    def path(self, folder: str) -> str:
+        """The place of a checkpoint as a user writes it."""
+        return f"{self.location}/{folder}"
+
+    def _inside(self, folder: str, name: str = "") -> str:
+        return "/".join(part for part in (self._root.rstrip("/"), folder, name) if part)
+
+    def folders(self) -> list[str]:
+        """Names of the checkpoints' folders, committed or not, sorted."""
+        self._fs.invalidate_cache()
+        if not self._fs.isdir(self._root):
+            return []
+        names = (os.path.basename(path.rstrip("/")) for path in self._fs.ls(self._root, detail=False))
+        return sorted(name for name in names if step_of(name) is not None)
+
+    def is_committed(self, folder: str) -> bool:
+        return bool(self._fs.exists(self._inside(folder, MARKER)))
+
+    def marker(self, folder: str) -> Marker:
+        """The commit marker; ValueError says what is wrong with it."""
+        return Marker.from_bytes(self._fs.cat_file(self._inside(folder, MARKER)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file of a checkpoint, by name, without the marker."""
+        self._fs.invalidate_cache()
+        start = self._inside(folder)
+        found = self._fs.find(start, detail=True)
+        prefix = len(self._fs._strip_protocol(start).rstrip("/")) + 1
+        return {path[prefix:]: entry["size"] for path, entry in sorted(found.items()) if path[prefix:] != MARKER}
+
+    def write_marker(self, folder: str, marker: Marker) -> None:
+        """Commit: the marker appears whole or not at all, and after everything else."""
+        path = self._inside(folder, MARKER)
+        if self.is_url:
+            self._fs.pipe_file(path, marker.to_bytes())  # one put; a torn one is no JSON and does not count
+            return
+        _sync_folder(Path(self._inside(folder)))
+        temporary = Path(path + ".tmp")
+        with temporary.open("wb") as stream:
+            stream.write(marker.to_bytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+        _sync_folder(temporary.parent)
+
+    def remove(self, folder: str) -> None:
+        """Delete a checkpoint, its marker first, so that a kill on the way leaves nothing that counts."""
+        if self.is_committed(folder):
+            self._fs.rm_file(self._inside(folder, MARKER))
+        if self._fs.exists(self._inside(folder)):
+            self._fs.rm(self._inside(folder), recursive=True)
+
+    def writer(self, folder: str) -> StorageWriter:
+        """What torch writes a checkpoint with; it refuses a folder that holds one."""
+        if self.is_url:
+            return UrlWriter(self.path(folder), sync_files=False, overwrite=False)
+        return LocalWriter(self.path(folder), overwrite=False)
+
+    def index(self, folder: str) -> Metadata:
+        """The checked index of a checkpoint; CheckpointError where it cannot be read."""
+        return read_index(self._fs.cat_file(self._inside(folder, METADATA)), f"{self.path(folder)}/{METADATA}")
+
+    def reader(self, folder: str, index: Metadata) -> StorageReader:
+        """What torch reads a checkpoint with; ``index`` is its checked index."""
+        reader = UrlReader(self.path(folder)) if self.is_url else LocalReader(self.path(folder))
+        reader.index = index
+        return reader
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,185 @@
+"""The checkpoints of a run: saved in the background, committed last, loaded only when they verify."""
+
+import logging
+import posixpath
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from titanarch.checkpoint.choosing import choose, find
+from titanarch.checkpoint.config import CheckpointConfig
+from titanarch.checkpoint.loading import State, read, read_initial
+from titanarch.checkpoint.marker import Marker
+from titanarch.checkpoint.processes import Processes
+from titanarch.checkpoint.saving import collect, stage, upload
+from titanarch.checkpoint.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """What was loaded: its step, place, number of processes and configuration; ``path: reason`` of what was skipped."""
+
+    step: int
+    path: str
+    world_size: int
+    config: str
+    skipped: tuple[str, ...]
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run.
+
+    ``torch.distributed`` must be initialized, also for one process. Every method but ``due`` and ``maybe_wait`` is
+    collective: all processes call it, in the same order. The checkpoints lie on storage that all processes see.
+
+    A state is a dict of named objects with ``state_dict`` and ``load_state_dict`` (or plain dicts): nested dicts of
+    tensors and plain values. DTensors are saved by shards and load on any number of processes. Everything else must
+    be the same on all processes: ``merge`` makes per-process state so.
+
+    Attributes:
+        config: the section.
+        processes: the group of the training thread, as ``RandomState`` takes it.
+    """
+
+    def __init__(self, config: CheckpointConfig, run_folder: str | Path, *, timeout: timedelta = timedelta(hours=1)) -> None:
+        """``timeout``: how long the fastest process waits for the upload of the slowest."""
+        assert dist.is_initialized(), "a Checkpointer needs torch.distributed, also on one process"
+        self.config = config
+        self._storage = Storage(_location(run_folder, config.folder))
+        self.processes = Processes(timeout)
+        self._upload_processes = Processes(timeout)  # used by the thread alone
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after this step."""
+        return self.config.enable and step > 0 and step % self.config.interval == 0
+
+    def merge(self, local: Mapping[str, Any]) -> dict[str, Any]:
+        """The union of the processes' dicts of plain values, each key with one owner; see ``Processes.merge``."""
+        return self.processes.merge(local)
+
+    def save(self, step: int, state: State, *, config_text: str, force_sync: bool = False) -> None:
+        """Save ``state`` as of now. On return it is copied, so training may go on; the upload may still be running.
+
+        Waits for the upload before this one. Does nothing where checkpoints are not enabled.
+
+        Args:
+            step: training steps done.
+            state: the objects of the run.
+            config_text: the resolved configuration, kept in the commit marker.
+            force_sync: return only once the checkpoint is committed.
+
+        Raises:
+            CheckpointError: this save, or the one before, failed; committed checkpoints are intact.
+        """
+        if not self.config.enable:
+            return
+        self.wait()
+        mode = "disabled" if force_sync and self.config.async_mode == "async" else self.config.async_mode
+        tensors = collect(state, self.processes)
+        if mode != "disabled":
+            tensors = stage(tensors, shared=mode == "process")
+        self._pending = self._thread.submit(
+            upload,
+            self._storage,
+            self._upload_processes,
+            tensors,
+            step=step,
+            config_text=config_text,
+            own_process=mode == "process",
+            keep_latest_k=self.config.keep_latest_k,
+        )
+        if force_sync or mode == "disabled":
+            self.wait()
+
+    def maybe_wait(self) -> None:
+        """To be called before each optimizer step: returns at once, or raises what made an upload fail.
+
+        There is no copy to wait for: ``save`` returns only when its copy is finished.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is committed; raises CheckpointError where it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self, state: State) -> LoadedStep | None:
+        """Resume from the checkpoint committed last that verifies, or from that of ``checkpoint.load_step``.
+
+        What was skipped, and why, is logged as a warning. None where there is nothing to resume, or where
+        checkpoints are not enabled.
+
+        Raises:
+            CheckpointError: every committed checkpoint is damaged, or the chosen one does not fit ``state``.
+            ConfigError: there is no sound checkpoint of ``checkpoint.load_step``.
+        """
+        if not self.config.enable:
+            return None
+        self.wait()
+        return load(self._storage.location, state, step=self.config.load_step, processes=self.processes)
+
+    def load_initial(self, state: State) -> LoadedStep | None:
+        """Start from ``checkpoint.initial_load_path``: the "model" of ``state`` or all of it, but for what is excluded.
+
+        None where no path is set. The step is where the other run was; with the model alone this run starts at 0.
+
+        Raises:
+            ConfigError: the path holds no committed checkpoint, or its names or shapes do not fit.
+        """
+        path = self.config.initial_load_path
+        if not path:
+            return None
+        location, folder, marker = self.processes.from_first(lambda: _found(path))
+        storage = Storage(location)
+        wanted = {MODEL: state[MODEL]} if self.config.initial_load_model_only else state
+        read_initial(storage, folder, wanted, exclude=self.config.exclude_from_loading, processes=self.processes)
+        return LoadedStep(marker.step, storage.path(folder), marker.world_size, marker.config, ())
+
+    def close(self) -> None:
+        """Finish the pending save, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def load(location: str | Path, state: State, *, step: int = -1, processes: Processes | None = None) -> LoadedStep | None:
+    """Load ``state`` from the checkpoint below ``location`` committed last that verifies, or from that of ``step``.
+
+    For what reads a run and saves nothing, such as evaluation: works without ``torch.distributed`` on one process,
+    and is collective with it. None, and errors: as ``Checkpointer.load``.
+    """
+    processes = processes or Processes(timedelta(hours=1))
+    storage = Storage(location)
+    choice = processes.from_first(lambda: choose(storage, step))
+    if processes.rank == 0:
+        for reason in choice.skipped:
+            logger.warning("skipped the checkpoint %s", reason)
+    if choice.found is None:
+        return None
+    folder, marker = choice.found
+    read(storage, folder, state, processes=processes)
+    return LoadedStep(marker.step, storage.path(folder), marker.world_size, marker.config, choice.skipped)
+
+
+def _found(path: str) -> tuple[str, str, Marker]:
+    storage, folder, marker = find(path)
+    return storage.location, folder, marker
+
+
+def _location(run_folder: str | Path, folder: str) -> str:
+    """The checkpoints' place: an absolute path or URL as it is, else inside the run's folder."""
+    return folder if "://" in folder else posixpath.join(str(run_folder), folder)

@@ -1,0 +1,61 @@
+"""The section [data]: what a run reads, and how."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from titanarch.config.registry import ComponentConfig
+from titanarch.config.section import FREE, Section
+from titanarch.data.sources import SOURCES, CorpusConfig, Split, TokensConfig
+from titanarch.data.tokenizers import TOKENIZERS, SentencePieceConfig
+
+SourceField = Annotated[ComponentConfig, SOURCES]
+TokenizerField = Annotated[ComponentConfig, TOKENIZERS]
+
+
+class DataConfig(Section):
+    """What a run reads, and how."""
+
+    source: SourceField = Field(CorpusConfig(), description="where documents come from")
+    tokenizer: TokenizerField = Field(SentencePieceConfig(), description="how text becomes tokens")
+    mode: Literal["indexed", "streamed"] = Field(
+        "indexed",
+        description="indexed: tokenize once into a cache, shuffle all rows; streamed: tokenize while training, in the source's order",
+    )
+    streams: int = Field(0, ge=0, description="streamed mode: logical streams, a multiple of the global batch; 0: as many as its rows")
+    limit_documents: int = Field(0, ge=0, description="train on the first n documents alone; 0: on all")
+    validation: SourceField | None = Field(None, description="a source of its own for validation; unset: what the source holds out")
+    validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of the source's documents held out, by a hash of their names")
+    cache_dir: str = Field(
+        "", description="folder for tokenized sources; empty: titanarch in $XDG_CACHE_HOME or ~/.cache", json_schema_extra=FREE
+    )
+    workers: int = Field(0, ge=0, description="loader processes of each rank; 0: load in the training process", json_schema_extra=FREE)
+    processes: int = Field(
+        0, ge=0, description="processes that tokenize a source for the cache; 0: one a core where it has over 64 MB", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_validate(self) -> "DataConfig":
+        if self.validation is not None and self.validation_fraction > 0:
+            raise ValueError("give data.validation or data.validation_fraction, not both")
+        if self.validation_fraction > 0 and SOURCES.of(self.source).splits_itself:
+            raise ValueError(f"data.validation_fraction: the source '{self.source.kind}' says itself what is validation; leave it out")
+        if self.validation_fraction > 0 and isinstance(self.source, TokensConfig):
+            raise ValueError("data.validation_fraction: hold documents out when preparing the tokens (`titanarch data prepare`)")
+        if self.mode == "streamed" and isinstance(self.source, TokensConfig):
+            raise ValueError("data.mode: prepared tokens are read in indexed mode; 'streamed' is for text")
+        if self.mode == "indexed" and self.streams:
+            raise ValueError('data.streams has a meaning in streamed mode alone; leave it out or set data.mode = "streamed"')
+        return self
+
+    def source_of(self, split: Split) -> ComponentConfig:
+        """The source that ``split`` is read from."""
+        return self.validation if split == "validation" and self.validation is not None else self.source
+
+    def cache_folder(self) -> Path:
+        """Where tokenized sources are kept."""
+        if self.cache_dir:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "titanarch"

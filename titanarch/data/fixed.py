@@ -1,0 +1,120 @@
+"""Rows that are the same at every call: for validation, and for the training loss on a fixed subset."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from titanarch.data.batch import Batch, filler, joined
+from titanarch.data.cache import open_tokens
+from titanarch.data.config import DataConfig
+from titanarch.data.errors import data_error
+from titanarch.data.indexed import IndexedData
+from titanarch.data.rows import window_batch
+from titanarch.data.sources import Split
+from titanarch.data.split import SplitSource
+from titanarch.data.streams import StreamReader, StreamRow, stream_batch
+from titanarch.data.tokenizers import Tokenizer
+
+
+class _Rows(Protocol):
+    """A set of rows numbered from 0."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, row_B: np.ndarray) -> Batch: ...
+
+
+class FixedBatches:
+    """Rows 0 to ``n_rows`` of ``rows``, in batches: number q of rank r holds rows (q * dp_degree + r) * b + [0, b).
+
+    The last batches are filled up with rows that have no target, so every rank has the same number of equal batches.
+    May be iterated any number of times.
+    """
+
+    def __init__(self, rows: _Rows, *, batch_size: int, dp_rank: int, dp_degree: int) -> None:
+        self.n_rows = len(rows)
+        self._rows = rows
+        self._batch_size, self._dp_rank, self._dp_degree = batch_size, dp_rank, dp_degree
+
+    def __len__(self) -> int:
+        return -(-self.n_rows // (self._batch_size * self._dp_degree))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            first = (number * self._dp_degree + self._dp_rank) * self._batch_size
+            n_real = min(max(0, self.n_rows - first), self._batch_size)
+            empty = filler(self._batch_size - n_real, self._rows.seq_len)
+            yield joined(self._rows.batch(np.arange(first, first + n_real)), empty) if n_real else empty
+
+
+class _IndexedSubset:
+    """Windows spread evenly over the data; the last one may be filled up."""
+
+    def __init__(self, data: IndexedData, *, seq_len: int, n_rows: int | None) -> None:
+        self._data, self.seq_len = data, seq_len
+        n_windows = max(1, -(-(data.n_tokens - 1) // seq_len))
+        n_rows = n_windows if n_rows is None else min(n_rows, n_windows)
+        self._window_B = np.arange(n_rows) * n_windows // n_rows
+
+    def __len__(self) -> int:
+        return len(self._window_B)
+
+    def batch(self, row_B: np.ndarray) -> Batch:
+        return window_batch(self._data, self._window_B[row_B], row_B=row_B, seq_len=self.seq_len)
+
+
+class _StreamSubset:
+    """The first rows of the documents end to end, read at once; fewer where the documents end before."""
+
+    def __init__(self, source: SplitSource, tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
+        self.seq_len = seq_len
+        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={})
+        self._rows: list[StreamRow] = []
+        while len(self._rows) < n_rows and (row := reader.next_row(0)).cursor.epoch == 0:
+            self._rows.append(row)
+        if not self._rows:
+            raise data_error(f"the {source.split} split has fewer than the {seq_len} tokens of a row", key="data.source")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, row_B: np.ndarray) -> Batch:
+        return stream_batch([self._rows[row] for row in row_B], row_B)
+
+
+def fixed_batches(
+    config: DataConfig,
+    split: Split,
+    *,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    n_rows: int | None,
+    batch_size: int,
+    dp_rank: int,
+    dp_degree: int,
+) -> FixedBatches:
+    """The same rows of ``split`` at every call and in every layout, documents end to end.
+
+    ``n_rows``: spread evenly over the split, or all there are if fewer; None: all, in which every token but the first
+    is once a target or begins a document. The training split of streamed data gives its first rows and needs a
+    number. ``batch_size`` is a rank's, in rows. Raises DataError.
+    """
+    if config.mode == "streamed" and split == "train":
+        if n_rows is None:
+            raise ValueError("streamed training data are not read to their end for a fixed subset: give n_rows")
+        source = SplitSource(config, split)
+        rows: _Rows = _StreamSubset(source, tokenizer, seq_len=seq_len, n_rows=n_rows)
+    else:
+        rows = _IndexedSubset(open_tokens(config, split, tokenizer), seq_len=seq_len, n_rows=n_rows)
+    return FixedBatches(rows, batch_size=batch_size, dp_rank=dp_rank, dp_degree=dp_degree)
+
+
+def documents(config: DataConfig, split: Split, tokenizer: Tokenizer) -> IndexedData:
+    """The tokenized documents of ``split``, a sequence of (id, tokens, n_bytes); tokens lack the one that ends them.
+
+    ``tokenizer.token_bytes`` gives the bytes of any span of tokens. Raises DataError.
+    """
+    return open_tokens(config, split, tokenizer)

@@ -1,0 +1,164 @@
+"""Reading the indexed format, which index_writer.py writes: tokenized documents, memory-mapped."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from pydantic import ValidationError
+
+from titanarch.data.errors import data_error
+from titanarch.data.index_writer import FORMAT, VERSION, Meta
+from titanarch.data.tokenizers import Tokenizer
+
+
+class TokenizedDocument(NamedTuple):
+    """A document: its name, its tokens without the one that ends it (int64 [n]), and the UTF-8 bytes of its text."""
+
+    id: str
+    tokens: np.ndarray
+    n_bytes: int
+
+
+class IndexedData(Sequence[TokenizedDocument]):
+    """The documents of a prepared folder, as a sequence of documents and as one long run of tokens.
+
+    ``fingerprint`` is a hash of the tokens and the documents' starts. Opening checks the version, the size of every
+    file and that ``tokenizer`` is the one the data were made with, and raises DataError where any is wrong;
+    ``verify`` reads everything and compares the checksums.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.folder = folder
+        self._tokenizer = tokenizer
+        self.meta = _read_meta(folder)
+        _check_tokenizer(folder, self.meta, tokenizer)
+        _check_sizes(folder, self.meta)
+        dtype = np.dtype(self.meta.dtype)
+        names = sorted(name for name in self.meta.files if name.startswith("tokens-"))
+        self._shards = [_map(folder / name, dtype) for name in names]
+        self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
+        self._offsets = _map(folder / "offsets.bin", np.dtype("<i8"))
+        self._bytes = _map(folder / "bytes.bin", np.dtype("<i8"))
+        self._ids, self._id_offsets = folder / "ids.bin", _map(folder / "id_offsets.bin", np.dtype("<i8"))
+        self._n_end_tokens = 0 if tokenizer.eos_id is None else 1
+        self._limit(self.meta.documents)
+
+    def _limit(self, n_documents: int) -> None:
+        self.n_documents = n_documents
+        self.n_tokens = int(self._offsets[n_documents])
+        sums = [file.sha256 for name, file in sorted(self.meta.files.items()) if name.startswith(("tokens-", "offsets"))]
+        self.fingerprint = hashlib.sha256(" ".join([*sums, str(n_documents)]).encode()).hexdigest()
+
+    def first(self, n_documents: int) -> "IndexedData":
+        """This data, cut in place to its first ``n_documents``."""
+        self._limit(min(n_documents, self.n_documents))
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.folder, self._tokenizer, self.n_documents)  # a worker process maps the files itself
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document begins, and at last where all end, in tokens: int64 [documents + 1]."""
+        return self._offsets[: self.n_documents + 1]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens ``start`` to ``start + n``, in the stored dtype [n]."""
+        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
+        begin = start - (int(self._shard_ends[shard - 1]) if shard else 0)
+        tokens = self._shards[shard][begin : begin + n]
+        if len(tokens) == n or start + len(tokens) >= self.n_tokens:
+            return tokens
+        return np.concatenate([tokens, self.read(start + len(tokens), n - len(tokens))])
+
+    def __len__(self) -> int:
+        return self.n_documents
+
+    @overload
+    def __getitem__(self, number: int) -> TokenizedDocument: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[TokenizedDocument]: ...
+    def __getitem__(self, number: int | slice) -> TokenizedDocument | list[TokenizedDocument]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        tokens = self.read(start, end - start)[: end - start - self._n_end_tokens] if end > start else np.empty(0)
+        return TokenizedDocument(self.document_id(number), tokens.astype(np.int64), int(self._bytes[number]))
+
+    def document_id(self, number: int) -> str:
+        start, end = int(self._id_offsets[number]), int(self._id_offsets[number + 1])
+        with self._ids.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start).decode()
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum; DataError names the first that differs."""
+        for name, entry in self.meta.files.items():
+            if _sha256(self.folder / name) != entry.sha256:
+                raise data_error("the content differs from the checksum in meta.json: prepare the data again", file=self.folder / name)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _reopened(folder: Path, tokenizer: Tokenizer, n_documents: int) -> IndexedData:
+    return IndexedData(folder, tokenizer).first(n_documents)
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:  # nothing to map
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _read_meta(folder: Path) -> Meta:
+    path = folder / "meta.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except FileNotFoundError as error:
+        raise data_error("is missing: no prepared tokens here, or not finished", file=path) from error
+    except ValueError as error:
+        raise data_error(f"is damaged: {error}", file=path) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("version"), int):
+        raise data_error("does not describe prepared tokens", file=path)
+    if values["version"] != VERSION:
+        remedy = "update titanarch" if values["version"] > VERSION else "prepare the data again"
+        raise data_error(f"is of format version {values['version']}, this titanarch reads {VERSION}: {remedy}", file=path)
+    try:
+        return Meta.model_validate_json(text)
+    except ValidationError as error:
+        raise data_error(f"is damaged: {error}", file=path) from error
+
+
+def _check_tokenizer(folder: Path, meta: Meta, tokenizer: Tokenizer) -> None:
+    made_with = meta.tokenizer
+    if (made_with.fingerprint, made_with.eos_id) != (tokenizer.fingerprint, tokenizer.eos_id):
+        raise data_error(
+            f"the tokenizer does not match the prepared data: they were made with {made_with.kind} {made_with.fingerprint[:12]} "
+            f"(end token {made_with.eos_id}), the run has {tokenizer.config.kind} {tokenizer.fingerprint[:12]} "
+            f"(end token {tokenizer.eos_id}); set data.tokenizer to that one or prepare the data again",
+            file=folder,
+            key="data.tokenizer",
+        )
+
+
+def _check_sizes(folder: Path, meta: Meta) -> None:
+    for name, entry in meta.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise data_error("is missing from the prepared data: copy it again or prepare the data again", file=path)
+        if (n_bytes := path.stat().st_size) != entry.bytes:
+            fault = "is truncated" if n_bytes < entry.bytes else "is too long"
+            raise data_error(f"{fault}: {n_bytes} bytes, not {entry.bytes}; copy it again or prepare the data again", file=path)

@@ -1,0 +1,231 @@
+"""The training loader: micro-batches whose rows depend on nothing but their number in the run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.data.batch import Batch
+from titanarch.data.cache import open_tokens
+from titanarch.data.config import DataConfig
+from titanarch.data.errors import data_error
+from titanarch.data.layout import RowLayout
+from titanarch.data.rows import IndexedRows
+from titanarch.data.split import SplitSource
+from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_batch
+from titanarch.data.tokenizers import Tokenizer
+from titanarch.data.workers import IndexedWorkers, StreamWorkers
+
+
+class RowLoader(ABC, Iterator[Batch]):
+    """An endless iterator over the micro-batches of one rank: ``accumulation_steps`` of them make a step.
+
+    ``state_dict`` counts what was handed out, whatever workers have prepared beyond that. It holds JSON values only,
+    names no rank, worker or micro-batch size, and is taken between steps. ``merge_states`` joins those of all ranks
+    into one that any layout loads.
+    """
+
+    def __init__(self, layout: RowLayout, *, seq_len: int, fingerprint: str, start_row: int) -> None:
+        if start_row % layout.global_batch_size:
+            raise ValueError(f"row {start_row} does not begin a step of {layout.global_batch_size} rows")
+        self.layout = layout
+        self.seq_len = seq_len
+        self._fingerprint = fingerprint
+        self._step, self._micro_batch = start_row // layout.global_batch_size, 0
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.layout.accumulation_steps
+
+    @property
+    def next_row(self) -> int:
+        """The first row of the step that comes next or is under way."""
+        return self._step * self.layout.global_batch_size
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """Whole passes over the training data that are behind."""
+
+    @property
+    @abstractmethod
+    def rows_per_epoch(self) -> int | None:
+        """Rows of a pass over the training data; None where it is not known."""
+
+    def __next__(self) -> Batch:
+        batch = self._load(self.layout.first_row(self._step, self._micro_batch))
+        self._micro_batch += 1
+        if self._micro_batch == self.accumulation_steps:
+            self._step, self._micro_batch = self._step + 1, 0
+        return batch
+
+    @abstractmethod
+    def _load(self, first_row: int) -> Batch:
+        """The micro-batch that begins at ``first_row``; asked for in order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the workers, if any; iterating again starts them anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on. Raises RuntimeError inside a step, where ranks and micro-batches would be in the state."""
+        if self._micro_batch:
+            raise RuntimeError(
+                f"the data state was asked for after {self._micro_batch} of {self.accumulation_steps} micro-batches of a step"
+            )
+        return {"data": self._fingerprint, "phases": [[self.seq_len, self.next_row]]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken. Raises DataError where it belongs to other data or another row length."""
+        if state["data"] != self._fingerprint:
+            raise data_error(
+                "the training data have changed since the checkpoint was saved: restore them, or start another run", key="data"
+            )
+        ((length, rows),) = state["phases"]
+        if length != self.seq_len or rows % self.layout.global_batch_size:
+            message = f"the checkpoint stands at row {rows} of {length} tokens; the run has {self.layout.global_batch_size} rows"
+            raise data_error(f"{message} of {self.seq_len} tokens a step", key="training.seq_len")
+        self.close()
+        self._step, self._micro_batch = rows // self.layout.global_batch_size, 0
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state from those of all ranks, which were taken after the same step."""
+    merged = dict(states[0])
+    for state in states[1:]:
+        if {**state, "cursors": None} != {**merged, "cursors": None}:
+            raise ValueError("the ranks' data states were not taken after the same step")
+        merged["cursors"] = {**merged.get("cursors", {}), **state.get("cursors", {})}
+    return merged
+
+
+class IndexedLoader(RowLoader):
+    """Rows of tokenized data in a seeded order, a new one each epoch."""
+
+    def __init__(self, rows: IndexedRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
+        super().__init__(layout, seq_len=rows.seq_len, fingerprint=rows.data.fingerprint, start_row=start_row)
+        self.rows = rows
+        self._n_workers = n_workers
+        self._workers: IndexedWorkers | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self.next_row // self.rows.n_windows
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self.rows.n_windows
+
+    def _load(self, first_row: int) -> Batch:
+        if self._n_workers == 0:
+            return self.rows.batch(first_row, self.layout.local_batch_size)
+        if self._workers is None:
+            self._workers = IndexedWorkers(
+                self.rows, self.layout, step=self._step, micro_batch=self._micro_batch, n_workers=self._n_workers
+            )
+        return self._workers.next()
+
+    def close(self) -> None:
+        self._workers = None
+
+
+class StreamedLoader(RowLoader):
+    """Rows of R streams, tokenized on the fly: row k is the next row of stream k mod R.
+
+    The state holds the cursor of every stream of this rank. Raises ConfigError where R is no multiple of the global
+    batch, or there are more workers than streams.
+    """
+
+    def __init__(
+        self, source: SplitSource, tokenizer: Tokenizer, layout: RowLayout, *, seq_len: int, n_streams: int, n_workers: int, start_row: int
+    ) -> None:
+        self.n_streams = n_streams or layout.global_batch_size
+        if self.n_streams % layout.global_batch_size:
+            message = f"{self.n_streams} streams are no multiple of the {layout.global_batch_size} rows of a global batch"
+            raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", key="data.streams"))
+        if start_row:
+            raise ValueError("streams begin at row 0 or where a saved state left them")
+        super().__init__(layout, seq_len=seq_len, fingerprint=source.content_name(tokenizer), start_row=0)
+        self._source, self._tokenizer = source, tokenizer
+        self._streams = layout.streams(self.n_streams)
+        if n_workers > len(self._streams):
+            message = f"{n_workers} workers are more than the {len(self._streams)} streams of a rank: give at most as many"
+            raise ConfigError(Problem(message, key="data.workers"))
+        self._n_workers = n_workers
+        self._cursors = {stream: Cursor() for stream in self._streams}
+        self._rows: StreamReader | StreamWorkers | None = None
+
+    @property
+    def epoch(self) -> int:
+        return min(cursor.epoch for cursor in self._cursors.values())
+
+    @property
+    def rows_per_epoch(self) -> None:
+        return None
+
+    def _load(self, first_row: int) -> Batch:
+        row_B = np.arange(first_row, first_row + self.layout.local_batch_size)
+        rows = [self._next_row(stream) for stream in (row_B % self.n_streams).tolist()]
+        return stream_batch(rows, row_B)
+
+    def _next_row(self, stream: int) -> StreamRow:
+        if self._rows is None:
+            self._rows = self._open()
+        row = self._rows.next_row(stream)
+        self._cursors[stream] = row.cursor
+        return row
+
+    def _open(self) -> StreamReader | StreamWorkers:
+        first = self._streams.index(self.layout.first_row(self._step, self._micro_batch) % self.n_streams)
+        in_order = self._streams[first:] + self._streams[:first]
+        reader = StreamReader(
+            self._source, self._tokenizer, seq_len=self.seq_len, n_streams=self.n_streams, streams=in_order, cursors=self._cursors
+        )
+        return StreamWorkers(reader, self._n_workers) if self._n_workers else reader
+
+    def close(self) -> None:
+        self._rows = None
+
+    def state_dict(self) -> dict[str, Any]:
+        cursors = {str(stream): cursor.to_json() for stream, cursor in self._cursors.items()}
+        return {**super().state_dict(), "streams": self.n_streams, "cursors": cursors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("streams") != self.n_streams:
+            message = f"the checkpoint has {state.get('streams')} streams, the run {self.n_streams}: set data.streams to the checkpoint's"
+            raise data_error(message, key="data.streams")
+        missing = [stream for stream in self._streams if str(stream) not in state["cursors"]]
+        if missing:
+            raise ValueError(f"the state lacks streams {missing[:5]} and so was not merged from all ranks")
+        super().load_state_dict(state)
+        self._cursors = {stream: Cursor.from_json(state["cursors"][str(stream)]) for stream in self._streams}
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    global_batch_size: int,
+    local_batch_size: int,
+    dp_rank: int,
+    dp_degree: int,
+    seed: int,
+    start_row: int = 0,
+) -> RowLoader:
+    """The training loader of one data-parallel rank.
+
+    ``seq_len``: tokens a row. Batch sizes are in rows. ``seed`` orders the rows. ``start_row`` begins a step; streams
+    start elsewhere than at 0 by ``load_state_dict`` alone. The first call for a text source in indexed mode tokenizes
+    it into the cache while other processes wait. Raises ConfigError, and DataError for what is wrong with the data.
+    """
+    layout = RowLayout(global_batch_size, local_batch_size, dp_rank, dp_degree)
+    if config.mode == "indexed":
+        rows = IndexedRows(open_tokens(config, "train", tokenizer), seq_len=seq_len, seed=seed)
+        return IndexedLoader(rows, layout, n_workers=config.workers, start_row=start_row)
+    source = SplitSource(config, "train")
+    return StreamedLoader(
+        source, tokenizer, layout, seq_len=seq_len, n_streams=config.streams, n_workers=config.workers, start_row=start_row
+    )

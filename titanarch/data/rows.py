@@ -1,0 +1,83 @@
+"""Indexed rows: windows of the documents laid end to end, in a new seeded order each epoch.
+
+Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows.
+"""
+
+import numpy as np
+
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.data.batch import IGNORED, Batch, make_batch
+from titanarch.data.indexed import IndexedData
+from titanarch.data.permutation import Permutation
+
+ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a row than one by one
+
+
+class IndexedRows:
+    """Row k of a run: window ``permutation(k mod W)`` of the W windows, the permutation that of epoch k // W.
+
+    Window w holds tokens w * T to w * T + T, so the last token of a window, a target, is the first of the next.
+    What is left at the end, less than a window, is not trained on. Raises ConfigError where there is no window.
+    """
+
+    def __init__(self, data: IndexedData, *, seq_len: int, seed: int) -> None:
+        self.data = data
+        self.seq_len = seq_len
+        self.seed = seed
+        self.n_windows = (data.n_tokens - 1) // seq_len
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        if self.n_windows < 1:
+            raise ConfigError(
+                Problem(
+                    f"the training data have {data.n_tokens} tokens, too few for one row of {seq_len} and its last target: "
+                    "give more data or a smaller training.seq_len",
+                    key="training.seq_len",
+                )
+            )
+
+    def windows(self, first_row: int, n_rows: int) -> np.ndarray:
+        """The windows of rows ``first_row`` to ``first_row + n_rows``, int64 [n_rows]."""
+        parts = []
+        row, end = first_row, first_row + n_rows
+        while row < end:
+            chunk, place = divmod(row, ORDER_CHUNK)
+            part = self._chunk(chunk)[place : place + end - row]
+            parts.append(part)
+            row += len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _chunk(self, chunk: int) -> np.ndarray:
+        if self._order[0] != chunk:
+            epoch_W, index_W = np.divmod(np.arange(chunk * ORDER_CHUNK, (chunk + 1) * ORDER_CHUNK), self.n_windows)
+            for epoch in np.unique(epoch_W):
+                permutation = Permutation(self.n_windows, seed=self.seed, epoch=int(epoch))
+                index_W[epoch_W == epoch] = permutation(index_W[epoch_W == epoch])
+            self._order = (chunk, index_W)
+        return self._order[1]
+
+    def batch(self, first_row: int, n_rows: int) -> Batch:
+        """Rows ``first_row`` to ``first_row + n_rows``."""
+        row_B = np.arange(first_row, first_row + n_rows)
+        return window_batch(self.data, self.windows(first_row, n_rows), row_B=row_B, seq_len=self.seq_len)
+
+
+def window_batch(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Batch:
+    """The windows ``window_B`` of ``data`` as the rows numbered ``row_B``, both int64 [B].
+
+    A window past the last whole one is filled up with token 0, which begins a document that is no target.
+    """
+    start_B = window_B * seq_len
+    tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=np.int64)
+    for row, start in enumerate(start_B.tolist()):
+        tokens = data.read(start, min(seq_len + 1, data.n_tokens - start))
+        tokens_BS[row, : len(tokens)] = tokens
+    starts = data.starts
+    first_B = np.searchsorted(starts, start_B, side="right")
+    count_B = np.searchsorted(starts, start_B + seq_len, side="right") - first_B
+    start_row_E = np.repeat(np.arange(len(window_B)), count_B)
+    before_B = np.cumsum(count_B) - count_B
+    document_E = np.repeat(first_B - before_B, count_B) + np.arange(len(start_row_E))
+    batch = make_batch(tokens_BS, start_row_E=start_row_E, start_column_E=starts[document_E] - start_B[start_row_E], row_B=row_B)
+    for row in np.flatnonzero(start_B + seq_len >= data.n_tokens):
+        batch.labels_BT[row, data.n_tokens - start_B[row] - 1 :] = IGNORED
+    return batch

@@ -1,0 +1,28 @@
+"""The kinds of source; importing this package registers them."""
+
+from titanarch.data.sources.base import SOURCES, Document, Position, Source, SourceConfig, Split, TextSource
+from titanarch.data.sources.corpus import CorpusConfig, CorpusSource
+from titanarch.data.sources.jsonl import JsonlConfig, JsonlSource
+from titanarch.data.sources.parquet import ParquetConfig, ParquetSource
+from titanarch.data.sources.text import PlainTextSource, TextConfig
+from titanarch.data.sources.tokens import TokensConfig, TokensSource
+
+__all__ = [
+    "SOURCES",
+    "CorpusConfig",
+    "CorpusSource",
+    "Document",
+    "JsonlConfig",
+    "JsonlSource",
+    "ParquetConfig",
+    "ParquetSource",
+    "PlainTextSource",
+    "Position",
+    "Source",
+    "SourceConfig",
+    "Split",
+    "TextConfig",
+    "TextSource",
+    "TokensConfig",
+    "TokensSource",
+]

@@ -1,0 +1,45 @@
+"""The corpus that comes with the package: 240 public-domain documents, 16 MB of English."""
+
+import hashlib
+import importlib.resources
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from titanarch.data.files import find_files
+from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig
+from titanarch.data.sources.jsonl import JsonLines
+
+
+class CorpusConfig(SourceConfig):
+    """The corpus that comes with the package; split by document into train and validation."""
+
+
+@SOURCES.register("corpus")
+class CorpusSource(JsonLines):
+    """The built-in corpus; each line says its split."""
+
+    Config = CorpusConfig
+    splits_itself = True
+    text_key = "text"
+    id_key = "id"
+
+    def __init__(self, config: CorpusConfig) -> None:
+        super().__init__(config, find_files([str(corpus_path())]))
+
+    def parse(self, position: Position, record: bytes) -> Document:
+        item = self.parse_object(position, record)
+        return Document(item["id"], item["text"], item["split"])
+
+    def identity(self) -> list[Any]:
+        return ["corpus", _sha256(corpus_path())]  # the content, so that a reinstalled package finds its cache
+
+
+def corpus_path() -> Path:
+    """The corpus among the package's files."""
+    return Path(str(importlib.resources.files("titanarch.data").joinpath("corpus", "corpus.jsonl.gz")))
+
+
+@cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,71 @@
+"""Documents as rows of parquet files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from titanarch.config.errors import did_you_mean, shown
+from titanarch.config.section import ListOf
+from titanarch.data.errors import data_error
+from titanarch.data.files import find_files, open_random_access
+from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig, TextSource
+
+ROWS_A_BATCH = 256  # bounds the memory to that many documents
+
+
+class ParquetConfig(SourceConfig):
+    """Rows of parquet files."""
+
+    paths: ListOf[str] = Field(description="parquet files: fsspec URLs or globs", min_length=1)
+    text_key: str = Field("text", description="column of the document's text")
+    id_key: str = Field("", description="column of the document's name; empty: the file's name and the row")
+
+
+@SOURCES.register("parquet")
+class ParquetSource(TextSource):
+    """Rows of parquet files, read by row group; the columns of no interest are not read."""
+
+    Config = ParquetConfig
+
+    def __init__(self, config: ParquetConfig) -> None:
+        super().__init__(config, find_files(config.paths))
+        self._columns = [name for name in (config.text_key, config.id_key) if name]
+        self._has_id = bool(config.id_key)
+
+    def read(self, start: Position) -> Iterator[tuple[Position, tuple[Any, ...]]]:
+        import pyarrow  # slow to import, and only parquet needs it
+        import pyarrow.parquet
+
+        self._finished_bytes = sum(file.n_bytes for file in self.files[: start.file])
+        for number in range(start.file, len(self.files)):
+            file = self.files[number]
+            with open_random_access(file) as raw:
+                try:
+                    yield from self._rows(pyarrow.parquet.ParquetFile(raw), number, start.record if number == start.file else 0)
+                except (pyarrow.ArrowException, OSError) as error:
+                    raise data_error(f"cannot be read, it is truncated, damaged or no parquet: {error}", file=file.url) from error
+            self._finished_bytes += file.n_bytes
+
+    def _rows(self, table: Any, number: int, first: int) -> Iterator[tuple[Position, tuple[Any, ...]]]:
+        for column in self._columns:
+            if column not in table.schema_arrow.names:
+                hint = did_you_mean(column, table.schema_arrow.names)
+                raise data_error(f"the table has no column '{column}'{hint}", file=self.files[number].url, key="data.source.text_key")
+        record = 0
+        for group in range(table.metadata.num_row_groups):
+            n_rows = table.metadata.row_group(group).num_rows
+            if record + n_rows <= first:
+                record += n_rows
+                continue
+            for batch in table.iter_batches(ROWS_A_BATCH, row_groups=[group], columns=self._columns):
+                for row in zip(*(batch.column(column).to_pylist() for column in self._columns), strict=True):
+                    if record >= first:
+                        yield Position(number, 0, record), row
+                    record += 1
+
+    def parse(self, position: Position, record: tuple[Any, ...]) -> Document:
+        file, text = self.files[position.file], record[0]
+        if not isinstance(text, str):
+            raise data_error(f"'{self._columns[0]}' must be a string, not {shown(text)}", file=file.url, line=position.record + 1)
+        return Document(str(record[-1]) if self._has_id else f"{file.name}:{position.record + 1}", text)

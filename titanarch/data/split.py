@@ -1,0 +1,93 @@
+"""The documents of one split, numbered."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from titanarch.data.config import DataConfig
+from titanarch.data.errors import DataError, data_error
+from titanarch.data.sources import SOURCES, Document, Position, Split, TextSource, TokensSource
+from titanarch.data.tokenizers import Tokenizer
+
+
+class Record(NamedTuple):
+    """A document before it is parsed: its number in the split from 0, and where it begins."""
+
+    number: int
+    position: Position
+    content: Any
+
+
+class SplitSource:
+    """The documents of one split of a text source, numbered from 0 in the source's order."""
+
+    def __init__(self, config: DataConfig, split: Split) -> None:
+        if split == "validation" and not has_validation(config):
+            raise no_validation(config)
+        source = SOURCES.of(config.source_of(split))(config.source_of(split))
+        assert isinstance(source, TextSource), "prepared tokens are opened, not read as text"
+        self.source = source
+        self.split = split
+        self._fraction = 0.0 if split == "validation" and config.validation is not None else config.validation_fraction
+        self._limit = config.limit_documents if split == "train" else 0
+
+    def records(self, start: Record | None = None) -> Iterator[Record]:
+        """The documents from ``start`` on (its content is not used), or all of them."""
+        number, position = (start.number, start.position) if start else (0, Position())
+        for place, content in self.source.read(position):
+            if self._limit and number >= self._limit:
+                return
+            if self._belongs(place, content):
+                yield Record(number, place, content)
+                number += 1
+
+    def _belongs(self, position: Position, content: Any) -> bool:
+        if self.source.splits_itself:
+            return self.source.parse(position, content).split == self.split
+        if self._fraction == 0:
+            return True
+        return held_out(self.source.parse(position, content).id, self._fraction) == (self.split == "validation")
+
+    def document(self, record: Record) -> Document:
+        return self.source.parse(record.position, record.content)
+
+    def identity(self) -> list[Any]:
+        """What changes whenever the documents of the split may have changed; JSON."""
+        return [self.source.identity(), self.split, self._fraction, self._limit]
+
+    def content_name(self, tokenizer: Tokenizer) -> str:
+        """A hash of what the documents and their tokens are, wherever the files lie and whenever they were written."""
+        content = [self.source.content(), self.split, self._fraction, self._limit, tokenizer.fingerprint, tokenizer.eos_id]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def empty(self) -> DataError:
+        """What to raise when there turns out to be no document."""
+        files = ", ".join(file.url for file in self.source.files[:3]) + (" ..." if len(self.source.files) > 3 else "")
+        return data_error(f"the {self.split} split has no text in {files}", key="data.source")
+
+
+def held_out(document_id: str, fraction: float) -> bool:
+    """Whether a document is validation: its hash, as a number in [0, 1), lies below ``fraction``."""
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def has_validation(config: DataConfig) -> bool:
+    """Whether a validation split is configured."""
+    if config.validation is not None or config.validation_fraction > 0:
+        return True
+    source = SOURCES.of(config.source)
+    if issubclass(source, TokensSource):
+        prepared = source(config.source)
+        assert isinstance(prepared, TokensSource), "a class makes its own instances"
+        folder = prepared.folder("validation")
+        return folder is not None and folder != prepared.path
+    return source.splits_itself
+
+
+def no_validation(config: DataConfig) -> DataError:
+    """What to raise when validation is wanted and there is none."""
+    return data_error(
+        f"the source '{config.source.kind}' holds nothing out: set data.validation_fraction, or a source of its own in [data.validation]",
+        key="data.validation",
+    )

@@ -1,0 +1,199 @@
+"""Streamed rows: documents tokenized on the fly, in R logical streams.
+
+Document i of a split goes to stream i mod R. A stream is its documents end to end; its rows are windows of T + 1
+tokens, T apart. At the end of the source every stream begins it again. One reader goes through the source once for
+all the streams it serves; the documents of a stream that is behind are put aside meanwhile.
+"""
+
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from titanarch.data.batch import Batch, make_batch
+from titanarch.data.errors import data_error
+from titanarch.data.sources import Position
+from titanarch.data.split import Record, SplitSource
+from titanarch.data.tokenizers import Tokenizer
+
+ASIDE_BYTES = 32 << 20  # texts put aside in memory; beyond, they go to a temporary file
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a stream goes on: ``skip`` tokens into document ``number`` of the split, in pass ``epoch``.
+
+    ``file``, ``offset``, ``record`` are the document's Position.
+    """
+
+    epoch: int = 0
+    number: int = 0
+    file: int = 0
+    offset: int = 0
+    record: int = 0
+    skip: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, int]) -> "Cursor":
+        return Cursor(**values)
+
+
+class StreamRow(NamedTuple):
+    """One row: tokens int64 [T + 1], the columns (1 to T) where documents begin, and the stream's cursor after it."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    cursor: Cursor
+
+
+class _Aside:
+    """Texts put aside, in memory up to ASIDE_BYTES and in a temporary file beyond."""
+
+    def __init__(self) -> None:
+        self._in_memory = self._in_file = 0
+        self._file: Any = None
+
+    def put(self, text: str) -> bytes | tuple[int, int]:
+        """What ``take`` gives the text back for, once."""
+        content = text.encode()
+        if self._in_memory + len(content) <= ASIDE_BYTES:
+            self._in_memory += len(content)
+            return content
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()
+        place = self._file.seek(0, 2)
+        self._file.write(content)
+        self._in_file += 1
+        return place, len(content)
+
+    def take(self, kept: bytes | tuple[int, int]) -> str:
+        if isinstance(kept, bytes):
+            self._in_memory -= len(kept)
+            return kept.decode()
+        self._file.seek(kept[0])
+        text = self._file.read(kept[1]).decode()
+        self._in_file -= 1
+        if self._in_file == 0:
+            self._file.truncate(0)
+        return text
+
+
+@dataclass
+class _Stream:
+    """A stream: the document it goes on with, its tokens at hand, and texts put aside.
+
+    ``waiting`` holds (epoch, record, text kept); ``tokenized`` holds (epoch, record, tokens), the first one begun at
+    ``skip``.
+    """
+
+    begin: Cursor
+    skip: int
+    waiting: deque[tuple[int, Record, bytes | tuple[int, int]]]
+    tokenized: deque[tuple[int, Record, np.ndarray]]
+
+
+class StreamReader:
+    """The rows of some streams of a split.
+
+    ``cursors`` gives the cursor of each stream in ``streams``; a stream without one begins at the beginning.
+    Raises DataError where the data cannot be read, or have fewer documents than ``n_streams``.
+    """
+
+    def __init__(
+        self,
+        source: SplitSource,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        n_streams: int,
+        streams: Sequence[int],
+        cursors: Mapping[int, Cursor],
+    ) -> None:
+        self.streams = list(streams)
+        self._source, self._tokenizer = source, tokenizer
+        self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
+        self._end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
+        begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
+        self._state = {stream: _Stream(begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
+        self._aside = _Aside()
+        self._scan: Iterator[tuple[int, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
+
+    def only(self, streams: Sequence[int]) -> "StreamReader":
+        """A fresh reader of some of the streams, from the cursors that this one began with."""
+        return StreamReader(
+            self._source, self._tokenizer, seq_len=self._seq_len, n_streams=self._n_streams, streams=streams, cursors=self._cursors
+        )
+
+    def _scanned(self) -> Iterator[tuple[int, Record]]:
+        """(epoch, document) from the earliest cursor on, pass after pass, for ever."""
+        first = min((stream.begin for stream in self._state.values()), key=lambda cursor: (cursor.epoch, cursor.number))
+        epoch = first.epoch
+        start: Record | None = Record(first.number, Position(first.file, first.offset, first.record), None)
+        while True:
+            n_documents = 0
+            for record in self._source.records(start):
+                n_documents = record.number + 1
+                yield epoch, record
+            if n_documents == 0 and start is not None and start.number == 0:
+                raise self._source.empty()
+            if 0 < n_documents < self._n_streams:
+                message = f"the {self._source.split} split has {n_documents} documents, fewer than the {self._n_streams} streams"
+                raise data_error(f"{message}: set data.streams and training.global_batch_size to fewer", key="data.streams")
+            epoch, start = epoch + 1, None
+
+    def _next_document(self, stream: _Stream) -> None:
+        """Tokenize the next document of ``stream``."""
+        self._scan = self._scan or self._scanned()
+        while not stream.waiting:
+            epoch, record = next(self._scan)
+            owner = self._state.get(record.number % self._n_streams)
+            if owner is not None and (epoch, record.number) >= (owner.begin.epoch, owner.begin.number):
+                text = self._source.document(record).text
+                owner.waiting.append((epoch, record._replace(content=None), self._aside.put(text)))
+        epoch, record, kept = stream.waiting.popleft()
+        tokens = self._tokenizer.encode(self._aside.take(kept)).astype(np.int64)
+        stream.tokenized.append((epoch, record, np.concatenate([tokens, self._end])))
+
+    def next_row(self, number: int) -> StreamRow:
+        """The next row of stream ``number``."""
+        stream = self._state[number]
+        n_wanted = self._seq_len + 1
+        pieces: list[np.ndarray] = []
+        starts: list[int] = []
+        n_taken = taken_documents = 0
+        while n_taken < n_wanted:
+            if taken_documents == len(stream.tokenized):
+                self._next_document(stream)
+            tokens = stream.tokenized[taken_documents][2]
+            piece = tokens[0 if taken_documents else stream.skip :][: n_wanted - n_taken]
+            if n_taken and len(piece):
+                starts.append(n_taken)
+            pieces.append(piece)
+            n_taken += len(piece)
+            taken_documents += 1
+        self._advance(stream)
+        epoch, record, _ = stream.tokenized[0]
+        cursor = Cursor(epoch, record.number, *record.position, skip=stream.skip)
+        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor)
+
+    def _advance(self, stream: _Stream) -> None:
+        """Go T tokens on, to the document that holds the first token of the next row."""
+        stream.skip += self._seq_len
+        while stream.skip >= len(stream.tokenized[0][2]):
+            stream.skip -= len(stream.tokenized.popleft()[2])
+
+
+def stream_batch(rows: Sequence[StreamRow], row_B: np.ndarray) -> Batch:
+    """Rows of streams as a Batch; ``row_B`` int64 are their numbers in the run."""
+    return make_batch(
+        np.stack([row.tokens for row in rows]),
+        start_row_E=np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
+        start_column_E=np.concatenate([row.starts for row in rows]),
+        row_B=row_B,
+    )

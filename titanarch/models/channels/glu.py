@@ -1,0 +1,123 @@
+"""Gated linear units (arXiv:2002.05202): down(a(gate(x)) * up(x)) with a = ReLU, GELU, SiLU or nothing.
+
+Gate and up are two matrices, because a fused one could not be divided by hidden unit.
+Shapes: B rows, T tokens, D model dim, F hidden units.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from titanarch.contract.channel import channel_mixer
+from titanarch.contract.cost import Cost, linear_cost
+from titanarch.contract.init import Init
+from titanarch.contract.layers import Linear
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.shape import ModelShape
+from titanarch.contract.split import Split
+from titanarch.models.activations import Approximation
+from titanarch.models.channels.hidden import HiddenChannel, HiddenConfig
+
+
+class GLUConfig(HiddenConfig):
+    """The keys of all gated units. By default as many parameters as an mlp of 4 D units, to the rounding."""
+
+    default_expansion = 8 / 3
+    default_multiple = 64
+
+
+class GLU(HiddenChannel):
+    """Two projections to hidden units, combined by ``hidden``, and one back."""
+
+    tensor_parallel: ClassVar[Mapping[str, Split]] = {"gate": Split.COLUMN("d_ff"), "up": Split.COLUMN("d_ff"), "down": Split.ROW}
+    float8 = frozenset({"gate", "up", "down"})
+
+    def __init__(self, config: GLUConfig, shape: ModelShape, layer: int) -> None:
+        super().__init__(config, shape, layer)
+        D, n_units = shape.d_model, config.hidden_units(shape.d_model)
+        self.gate = Linear(D, n_units, bias=config.bias)
+        self.up = Linear(D, n_units, bias=config.bias)
+        self.down = Linear(n_units, D, bias=config.bias)
+
+    @staticmethod
+    def cost(config: GLUConfig, shape: ModelShape) -> Cost:
+        D, n_units = shape.d_model, config.hidden_units(shape.d_model)
+        inward = linear_cost(D, n_units, bias=config.bias)
+        return inward + inward + linear_cost(n_units, D, bias=config.bias)
+
+    def reset_parameters(self, init: Init) -> None:
+        """gate and up as linears of the scheme, down as a residual output."""
+        init.linear(self.gate)
+        init.linear(self.up)
+        init.residual_output(self.down, self.layer)
+
+    @abstractmethod
+    def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        """The hidden units, [B, T, F]."""
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        out: Tensor = self.down(self.drop(self.hidden(self.gate(x_BTD), self.up(x_BTD)), seq))
+        return out
+
+
+class ReGLUConfig(GLUConfig):
+    """[model.channel] of kind reglu."""
+
+
+@channel_mixer("reglu")
+class ReGLU(GLU):
+    """relu(gate) * up."""
+
+    Config = ReGLUConfig
+
+    def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return F.relu(gate_BTF) * up_BTF
+
+
+class GEGLUConfig(GLUConfig):
+    """[model.channel] of kind geglu."""
+
+    approximate: Approximation = Field("none", description="none: exact GELU; tanh: its approximation, as in T5 1.1 and Gemma")
+
+
+@channel_mixer("geglu")
+class GEGLU(GLU):
+    """gelu(gate) * up."""
+
+    Config = GEGLUConfig
+    config: GEGLUConfig
+
+    def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return F.gelu(gate_BTF, approximate=self.config.approximate) * up_BTF
+
+
+class SwiGLUConfig(GLUConfig):
+    """[model.channel] of kind swiglu."""
+
+
+@channel_mixer("swiglu")
+class SwiGLU(GLU):
+    """silu(gate) * up."""
+
+    Config = SwiGLUConfig
+
+    def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return F.silu(gate_BTF) * up_BTF
+
+
+class BilinearConfig(GLUConfig):
+    """[model.channel] of kind bilinear."""
+
+
+@channel_mixer("bilinear")
+class Bilinear(GLU):
+    """gate * up, no activation at all."""
+
+    Config = BilinearConfig
+
+    def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return gate_BTF * up_BTF

@@ -1,0 +1,227 @@
+"""Between backward and the optimizer's step: the norm of all gradients, clipping, loss scaling, what is not finite.
+
+The loop does
+
+    norm = clipper.clip(divide_by=scaler.scale)
+    if guard.admits(step, loss, norm):
+        optimizers.step()
+
+and calls ``guard.check()`` when it logs and before it saves.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from titanarch.train.local_adam import shard_of
+
+OnNonFinite = Literal["stop", "skip"]
+
+MOST_SKIPS_IN_A_ROW = 100
+"""After so many skipped steps in a row the weights themselves are beyond repair."""
+MOST_UNCHECKED_STEPS = 100
+"""How many steps the guard leaves unread on an accelerator if nobody calls ``check``."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is infinite or not a number, and training cannot go on."""
+
+
+class GradientClipper:
+    """The global 2-norm of the gradients, and clipping by it, in fp32 on local shards.
+
+    Shards are summed over exactly the mesh axes that divide their parameter, with one reduction of a scalar an axis, so
+    parameters on different meshes may be mixed and all processes get the same norm.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        """``parameters``: all that are trained, once FSDP has divided them. ``max_norm``: inf measures and never clips."""
+        self.max_norm = max_norm
+        self._process_groups: dict[str, dist.ProcessGroup] = {}
+        self._by_axes: dict[tuple[str, ...], list[Tensor]] = {}
+        for parameter in parameters:
+            self._by_axes.setdefault(self._axes(parameter), []).append(parameter)
+
+    @torch.no_grad()
+    def clip(self, divide_by: float = 1.0) -> Tensor:
+        """Divide the gradients, then scale them down to ``max_norm`` where their norm is above it.
+
+        ``divide_by``: what the loss had been multiplied by. Returns the norm after the division and before clipping, an
+        fp32 scalar on the gradients' device; nothing waits for an accelerator. As ``torch.nn.utils.clip_grad_norm_``,
+        1e-6 is added to the norm, and a norm that is not finite spoils the gradients.
+        """
+        grads: list[Tensor] = []
+        squares: dict[tuple[str, ...], Tensor] = {}
+        for axes, parameters in self._by_axes.items():
+            shards = [shard_of(p.grad) for p in parameters if p.grad is not None]
+            squares[axes] = _square_norm(shards, shard_of(parameters[0]).device)
+            grads += shards
+        norm = self._sum_over_processes(squares).sqrt_()
+        if divide_by != 1.0:
+            norm.div_(divide_by)
+        if not grads:
+            return norm
+        if norm.device.type == "cpu":
+            scale = min(1.0, self.max_norm / (norm.item() + 1e-6)) / divide_by
+            if scale != 1.0:  # reading the norm is free here, and saves a pass over all gradients
+                torch._foreach_mul_(grads, scale)
+        elif self.max_norm != math.inf or divide_by != 1.0:
+            torch._foreach_mul_(grads, torch.clamp(self.max_norm / (norm + 1e-6), max=1.0).div_(divide_by))
+        return norm
+
+    def _axes(self, parameter: Tensor) -> tuple[str, ...]:
+        """The process groups that divide ``parameter``, outermost mesh axis first."""
+        if not isinstance(parameter, DTensor):
+            return ()
+        axes = []
+        for axis, placement in enumerate(parameter.placements):
+            if placement.is_partial():
+                raise ValueError(f"a parameter holds partial sums on axis {axis} of its mesh: {parameter.placements}")
+            process_group = parameter.device_mesh.get_group(axis)
+            if not placement.is_replicate() and process_group.size() > 1:
+                self._process_groups[process_group.group_name] = process_group
+                axes.append(process_group.group_name)
+        return tuple(axes)
+
+    def _sum_over_processes(self, squares: dict[tuple[str, ...], Tensor]) -> Tensor:
+        """The sum of all squares; innermost axes first, joining what is left to be summed over the same axes."""
+        while len(squares) > 1 or () not in squares:
+            if not squares:
+                return torch.zeros(())
+            axes = max(squares, key=len)  # the first of the longest: the same on all processes
+            total = squares.pop(axes)
+            dist.all_reduce(total, group=self._process_groups[axes[-1]])
+            outer = axes[:-1]
+            squares[outer] = squares[outer] + total if outer in squares else total
+        return squares[()]
+
+
+def _square_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of squares of all elements, an fp32 scalar."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32))).square_()
+
+
+class LossScaler:
+    """Dynamic loss scaling, so that small gradients survive float16; otherwise the scale is 1 and stays so.
+
+    The scale halves when a gradient overflows, and doubles after 2,000 steps in a row without overflow. It is decided
+    from the global norm, which all processes share.
+    """
+
+    GROWTH = 2.0
+    BACKOFF = 0.5
+    GROWTH_INTERVAL_STEPS = 2000
+    FIRST_SCALE = 65536.0
+    LEAST_SCALE = 1.0
+
+    def __init__(self, *, enabled: bool) -> None:
+        """``enabled``: whether compute is in float16."""
+        self.enabled = enabled
+        self.scale = self.FIRST_SCALE if enabled else 1.0
+        self.overflows = 0
+        self._good_steps = 0
+
+    def update(self, *, finite: bool) -> bool:
+        """Adjust the scale to a step; whether an overflow is explained by the scale, so that the step is only skipped."""
+        if not self.enabled:
+            return False
+        if finite:
+            self._good_steps += 1
+            if self._good_steps == self.GROWTH_INTERVAL_STEPS:
+                self.scale *= self.GROWTH
+                self._good_steps = 0
+            return False
+        self._good_steps = 0
+        if self.scale <= self.LEAST_SCALE:
+            return False
+        self.scale *= self.BACKOFF
+        self.overflows += 1
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "good_steps": self._good_steps, "overflows": self.overflows}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if self.enabled:
+            self.scale = state["scale"]
+            self._good_steps = int(state["good_steps"])
+            self.overflows = int(state["overflows"])
+
+
+class NonFiniteGuard:
+    """Decides whether a step may be made, from the norm of the gradients.
+
+    ``stop``: a loss or norm that is not finite raises NonFiniteError. On the CPU this happens before the step. On an
+    accelerator the step is made, for waiting would cost more than it saves, and the numbers are read by ``check``: when
+    the loop logs, before it saves (so no checkpoint holds spoiled weights), and after 100 steps at the latest.
+    ``skip``: the step is not made and counted in ``skipped``. It needs the norm at each step, so the host waits for the
+    accelerator; all processes skip alike, because they share the norm. Overflows of float16 under a scale above 1 are
+    skipped and counted by the scaler under both policies, and cost the same wait.
+    """
+
+    def __init__(self, policy: OnNonFinite, scaler: LossScaler) -> None:
+        self.policy = policy
+        self.skipped = 0
+        self._scaler = scaler
+        self._in_a_row = 0
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+
+    def admits(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the optimizer may make step number ``step``; ``loss`` and ``norm``: scalars."""
+        if self.policy == "stop" and not self._scaler.enabled and norm.device.type != "cpu":
+            self._unchecked.append((step, loss.detach(), norm))
+            if len(self._unchecked) >= MOST_UNCHECKED_STEPS:
+                self.check()
+            return True
+        finite = math.isfinite(norm.item())
+        if self._scaler.update(finite=finite):
+            return False
+        if self.policy == "stop":
+            _raise_unless_finite(step, loss.item(), norm.item())
+            return True
+        return self._skips_unless(finite, step)
+
+    def check(self) -> None:
+        """Read what has not been read yet; raises NonFiniteError, naming the first bad step."""
+        if not self._unchecked:
+            return
+        unchecked, self._unchecked = self._unchecked, []
+        losses = torch.stack([loss.float() for _, loss, _ in unchecked])
+        norms = torch.stack([norm for _, _, norm in unchecked])
+        for (step, _, _), (loss, norm) in zip(unchecked, torch.stack([losses, norms], dim=1).tolist(), strict=True):
+            _raise_unless_finite(step, loss, norm)
+
+    def _skips_unless(self, finite: bool, step: int) -> bool:
+        if finite:
+            self._in_a_row = 0
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_SKIPS_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {step}: {self._in_a_row} steps in a row had a gradient that is not finite, so skipping helps no more: resume from "
+                "an earlier checkpoint with a lower optimizer.lr or training.max_norm"
+            )
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["skipped"]
+        self._in_a_row = state["in_a_row"]
+
+
+def _raise_unless_finite(step: int, loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}; lower optimizer.lr or training.max_norm, raise "
+            "lr_scheduler.warmup_steps, or let such steps be skipped"
+        )
