@@ -105,7 +105,9 @@ if [[ -n "${NODE_RANK:-}" ]] && ((NNODES > 1)); then
 else
   rendezvous=(--rdzv-backend=c10d)
 fi
+# torchrun fills in the number, of the whole run; its own choice is the number on the node
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-[rank\${rank}]:}"
 exec "$PYTHON_BIN" -m torch.distributed.run \
   --nnodes="$NNODES" --nproc-per-node="$NGPU" "${rendezvous[@]}" --rdzv-endpoint="${RDZV_ENDPOINT:-localhost:0}" \
-  --role rank --tee 3 --local-ranks-filter="$LOG_RANK" \
+  --tee 3 --local-ranks-filter="$LOG_RANK" \
   -m titanarch train "$@"

@@ -69,16 +69,19 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
         ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankError(f"ranks {sorted(waiting.values())} had not finished in time")
+        failures = []
         for reader in ready:
             assert isinstance(reader, Connection), "only pipes are waited for"
             rank = waiting[reader]
             try:
                 failed, payload = pickle.loads(reader.recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} died without a result") from None
+                failed, payload = True, "it died without a word\n"
             if failed:
-                raise RankError(f"rank {rank} raised:\n{payload}")
+                failures.append(f"rank {rank} failed:\n{payload}")
             results[rank] = payload
+        if failures:  # what one rank raises breaks the collectives of the others: show all that came together
+            raise RankError("\n".join(failures))
     return [results[rank] for rank in range(len(readers))]
 
 

@@ -16,6 +16,7 @@ from titanarch.train.run_config import RunConfig
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add ``show``, ``check``, ``schema`` and ``docs``."""
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
     show = actions.add_parser("show", help="print the resolved configuration as TOML", allow_abbrev=False)
     show.add_argument("--origins", action="store_true", help="write behind each value where it comes from")
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print what was asked for on stdout. ConfigError where the configuration is wrong."""
     if args.action == "schema":
         print(json.dumps(json_schema(RunConfig, whole=args.whole), indent=2, allow_nan=False))
     elif args.action == "docs":

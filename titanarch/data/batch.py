@@ -1,9 +1,11 @@
 """What the trainer receives: token rows with labels, positions and document boundaries.
 
-Shapes: B rows, T tokens a row, S = T + 1 tokens of a window (inputs and the last target), E document starts.
+Shapes: B rows, T tokens a row, S = T + 1 tokens of a window (inputs and the last target), E beginnings of documents.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,45 +37,64 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on ``device``."""
-        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, which copies to a GPU without blocking."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+        return self._mapped(torch.Tensor.pin_memory)
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in values if isinstance(value, Tensor)]
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            tokens_BT=change(self.tokens_BT),
+            labels_BT=change(self.labels_BT),
+            position_BT=change(self.position_BT),
+            document_BT=change(self.document_BT),
+            row_B=change(self.row_B),
+            cu_seqlens=change(self.cu_seqlens),
+            packed=self.packed,
+        )
 
 
-def make_batch(tokens_BS: np.ndarray, *, start_row_E: np.ndarray, start_column_E: np.ndarray, row_B: np.ndarray) -> Batch:
-    """Rows of windows as a Batch.
+class Windows(NamedTuple):
+    """Rows before they are a Batch.
 
-    ``tokens_BS`` int64. Document e of the E that start inside a window does so at token ``start_column_E[e]``
-    (1 to T) of row ``start_row_E[e]``; a start at token 0 is every row's and is not listed. Both int64, in order.
+    ``tokens_BS``: any integer dtype. Document e of the E that begin inside a window does so at token
+    ``start_column_E[e]`` (1 to T) of row ``start_row_E[e]``; a beginning at token 0 is every row's and is not listed.
+    Both int64, in order. ``row_B``: numbers of the rows in the run.
     """
+
+    tokens_BS: np.ndarray
+    start_row_E: np.ndarray
+    start_column_E: np.ndarray
+    row_B: np.ndarray
+
+
+def make_batch(windows: Windows) -> Batch:
+    """The rows with labels, positions and documents."""
+    tokens_BS, start_row_E, start_column_E, row_B = windows
     n_rows, n_columns = tokens_BS.shape
     length = n_columns - 1
     n_tokens = n_rows * length
-    labels_BT = tokens_BS[:, 1:].copy()
+    labels_BT = tokens_BS[:, 1:].astype(np.int64)
     labels_BT[start_row_E, start_column_E - 1] = IGNORED
+    starts = np.arange(0, n_tokens, length)  # in the flattened batch
     inside = start_column_E < length  # a start at token T shows in the labels alone
-    row_starts = np.arange(0, n_tokens, length)
-    cu_seqlens = np.full(n_tokens + 1, n_tokens, dtype=np.int32)
     packed = bool(inside.any())
     if packed:
-        starts = np.union1d(row_starts, start_row_E[inside] * length + start_column_E[inside])
+        starts = np.unique(np.concatenate([starts, start_row_E[inside] * length + start_column_E[inside]]))
         lengths = np.diff(starts, append=n_tokens)
-        in_row = np.arange(len(starts)) - np.repeat(np.searchsorted(starts, row_starts), _per_row(starts, length, n_rows))
+        document = np.arange(len(starts))
+        first_of_row = np.where(starts % length == 0, document, 0)
+        document_BT = np.repeat(document - np.maximum.accumulate(first_of_row), lengths).reshape(n_rows, length)
         position_BT = (np.arange(n_tokens) - np.repeat(starts, lengths)).reshape(n_rows, length)
-        document_BT = np.repeat(in_row, lengths).reshape(n_rows, length)
     else:
-        starts = row_starts
-        position_BT = np.tile(np.arange(length), (n_rows, 1))
+        position_BT = np.empty((n_rows, length), dtype=np.int64)
+        position_BT[:] = np.arange(length)
         document_BT = np.zeros((n_rows, length), dtype=np.int64)
+    cu_seqlens = np.full(n_tokens + 1, n_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
     return Batch(
-        tokens_BT=torch.from_numpy(np.ascontiguousarray(tokens_BS[:, :-1])),
+        tokens_BT=torch.from_numpy(tokens_BS[:, :-1].astype(np.int64)),
         labels_BT=torch.from_numpy(labels_BT),
         position_BT=torch.from_numpy(position_BT),
         document_BT=torch.from_numpy(document_BT),
@@ -83,16 +104,10 @@ def make_batch(tokens_BS: np.ndarray, *, start_row_E: np.ndarray, start_column_E
     )
 
 
-def _per_row(starts: np.ndarray, length: int, n_rows: int) -> np.ndarray:
-    """How many of the flattened ``starts`` fall in each row."""
-    return np.bincount(starts // length, minlength=n_rows)
-
-
 def filler(n_rows: int, length: int) -> Batch:
     """Rows of token 0 that have no target and the number -1."""
     none = np.empty(0, dtype=np.int64)
-    zeros_BS = np.zeros((n_rows, length + 1), dtype=np.int64)
-    batch = make_batch(zeros_BS, start_row_E=none, start_column_E=none, row_B=np.full(n_rows, -1))
+    batch = make_batch(Windows(np.zeros((n_rows, length + 1), dtype=np.int64), none, none, np.full(n_rows, -1)))
     return replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED))
 
 

@@ -13,7 +13,7 @@ from titanarch.data.errors import DataError, data_error
 from titanarch.data.index_writer import VERSION, staged
 from titanarch.data.indexed import IndexedData
 from titanarch.data.prepare import prepare
-from titanarch.data.sources import SOURCES, Split, TokensSource
+from titanarch.data.sources import Split, TokensConfig, TokensSource
 from titanarch.data.split import SplitSource, has_validation, no_validation
 from titanarch.data.tokenizers import Tokenizer
 
@@ -27,10 +27,9 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     again as long as neither its files, the tokenizer nor the limit of documents have changed. Raises DataError.
     """
     source_config = config.source_of(split)
-    if not issubclass(SOURCES.of(source_config), TokensSource):
+    if not isinstance(source_config, TokensConfig):
         return _cached(SplitSource(config, split), tokenizer, config)
-    source = SOURCES.of(source_config)(source_config)
-    assert isinstance(source, TokensSource), "a class makes its own instances"
+    source = TokensSource(source_config)
     if split == "validation" and not has_validation(config):
         raise no_validation(config)
     folder = source.folder(split)

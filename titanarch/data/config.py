@@ -22,7 +22,7 @@ class DataConfig(Section):
     tokenizer: TokenizerField = Field(SentencePieceConfig(), description="how text becomes tokens")
     mode: Literal["indexed", "streamed"] = Field(
         "indexed",
-        description="indexed: tokenize once into a cache, shuffle all rows; streamed: tokenize while training, in the source's order",
+        description="indexed: tokenize once into a cache, shuffle rows; streamed: tokenize while training, in the source's order",
     )
     streams: int = Field(0, ge=0, description="streamed mode: logical streams, a multiple of the global batch; 0: as many as its rows")
     limit_documents: int = Field(0, ge=0, description="train on the first n documents alone; 0: on all")

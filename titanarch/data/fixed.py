@@ -5,15 +5,15 @@ from typing import Protocol
 
 import numpy as np
 
-from titanarch.data.batch import Batch, filler, joined
+from titanarch.data.batch import Batch, filler, joined, make_batch
 from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.indexed import IndexedData
-from titanarch.data.rows import window_batch
+from titanarch.data.rows import mask_past_end, read_windows
 from titanarch.data.sources import Split
 from titanarch.data.split import SplitSource
-from titanarch.data.streams import StreamReader, StreamRow, stream_batch
+from titanarch.data.streams import StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
 
 
@@ -63,7 +63,9 @@ class _IndexedSubset:
         return len(self._window_B)
 
     def batch(self, row_B: np.ndarray) -> Batch:
-        return window_batch(self._data, self._window_B[row_B], row_B=row_B, seq_len=self.seq_len)
+        window_B = self._window_B[row_B]
+        batch = make_batch(read_windows(self._data, window_B, row_B=row_B, seq_len=self.seq_len))
+        return mask_past_end(batch, self._data.n_tokens - window_B * self.seq_len)
 
 
 class _StreamSubset:
@@ -82,7 +84,7 @@ class _StreamSubset:
         return len(self._rows)
 
     def batch(self, row_B: np.ndarray) -> Batch:
-        return stream_batch([self._rows[row] for row in row_B], row_B)
+        return make_batch(stream_windows([self._rows[row] for row in row_B], row_B))
 
 
 def fixed_batches(

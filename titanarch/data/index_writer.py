@@ -90,7 +90,7 @@ class _File:
         self.path = path
         self.n_bytes = 0
         self._hash = hashlib.sha256()
-        self._file: IO[bytes] = open(path, "wb")
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by the writer's exit stack
 
     def write(self, content: bytes) -> None:
         self._file.write(content)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -36,10 +38,10 @@ class IndexedData(Sequence[TokenizedDocument]):
         self.meta = _read_meta(folder)
         _check_tokenizer(folder, self.meta, tokenizer)
         _check_sizes(folder, self.meta)
-        dtype = np.dtype(self.meta.dtype)
+        self.dtype = np.dtype(self.meta.dtype)
         names = sorted(name for name in self.meta.files if name.startswith("tokens-"))
-        self._shards = [_map(folder / name, dtype) for name in names]
-        self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
+        self._shards = [_map(folder / name, self.dtype) for name in names]
+        self._shard_ends = list(accumulate(len(shard) for shard in self._shards))
         self._offsets = _map(folder / "offsets.bin", np.dtype("<i8"))
         self._bytes = _map(folder / "bytes.bin", np.dtype("<i8"))
         self._ids, self._id_offsets = folder / "ids.bin", _map(folder / "id_offsets.bin", np.dtype("<i8"))
@@ -67,8 +69,8 @@ class IndexedData(Sequence[TokenizedDocument]):
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens ``start`` to ``start + n``, in the stored dtype [n]."""
-        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
-        begin = start - (int(self._shard_ends[shard - 1]) if shard else 0)
+        shard = bisect_right(self._shard_ends, start)
+        begin = start - (self._shard_ends[shard - 1] if shard else 0)
         tokens = self._shards[shard][begin : begin + n]
         if len(tokens) == n or start + len(tokens) >= self.n_tokens:
             return tokens

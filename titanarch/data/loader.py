@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
-from titanarch.data.batch import Batch
+from titanarch.data.batch import Batch, make_batch
 from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.layout import RowLayout
 from titanarch.data.rows import IndexedRows
 from titanarch.data.split import SplitSource
-from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_batch
+from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
 from titanarch.data.workers import IndexedWorkers, StreamWorkers
 
@@ -80,9 +80,7 @@ class RowLoader(ABC, Iterator[Batch]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises DataError where it belongs to other data or another row length."""
         if state["data"] != self._fingerprint:
-            raise data_error(
-                "the training data have changed since the checkpoint was saved: restore them, or start another run", key="data"
-            )
+            raise data_error("the training data have changed since the checkpoint: restore them, or start another run", key="data")
         ((length, rows),) = state["phases"]
         if length != self.seq_len or rows % self.layout.global_batch_size:
             message = f"the checkpoint stands at row {rows} of {length} tokens; the run has {self.layout.global_batch_size} rows"
@@ -120,12 +118,12 @@ class IndexedLoader(RowLoader):
 
     def _load(self, first_row: int) -> Batch:
         if self._n_workers == 0:
-            return self.rows.batch(first_row, self.layout.local_batch_size)
+            return make_batch(self.rows.read(first_row, self.layout.local_batch_size))
         if self._workers is None:
             self._workers = IndexedWorkers(
                 self.rows, self.layout, step=self._step, micro_batch=self._micro_batch, n_workers=self._n_workers
             )
-        return self._workers.next()
+        return make_batch(self._workers.next())
 
     def close(self) -> None:
         self._workers = None
@@ -168,7 +166,7 @@ class StreamedLoader(RowLoader):
     def _load(self, first_row: int) -> Batch:
         row_B = np.arange(first_row, first_row + self.layout.local_batch_size)
         rows = [self._next_row(stream) for stream in (row_B % self.n_streams).tolist()]
-        return stream_batch(rows, row_B)
+        return make_batch(stream_windows(rows, row_B))
 
     def _next_row(self, stream: int) -> StreamRow:
         if self._rows is None:

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows.
 import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
-from titanarch.data.batch import IGNORED, Batch, make_batch
+from titanarch.data.batch import IGNORED, Batch, Windows
 from titanarch.data.indexed import IndexedData
 from titanarch.data.permutation import Permutation
 
@@ -55,29 +55,32 @@ class IndexedRows:
             self._order = (chunk, index_W)
         return self._order[1]
 
-    def batch(self, first_row: int, n_rows: int) -> Batch:
+    def read(self, first_row: int, n_rows: int) -> Windows:
         """Rows ``first_row`` to ``first_row + n_rows``."""
         row_B = np.arange(first_row, first_row + n_rows)
-        return window_batch(self.data, self.windows(first_row, n_rows), row_B=row_B, seq_len=self.seq_len)
+        return read_windows(self.data, self.windows(first_row, n_rows), row_B=row_B, seq_len=self.seq_len)
 
 
-def window_batch(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Batch:
+def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:
     """The windows ``window_B`` of ``data`` as the rows numbered ``row_B``, both int64 [B].
 
-    A window past the last whole one is filled up with token 0, which begins a document that is no target.
+    A window past the last whole one is filled up with token 0; what fills it begins as another document would.
     """
     start_B = window_B * seq_len
-    tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=np.int64)
+    tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=data.dtype)
     for row, start in enumerate(start_B.tolist()):
         tokens = data.read(start, min(seq_len + 1, data.n_tokens - start))
         tokens_BS[row, : len(tokens)] = tokens
     starts = data.starts
-    first_B = np.searchsorted(starts, start_B, side="right")
-    count_B = np.searchsorted(starts, start_B + seq_len, side="right") - first_B
+    first_B, end_B = starts.searchsorted(start_B, side="right"), starts.searchsorted(start_B + seq_len, side="right")
+    count_B = end_B - first_B
     start_row_E = np.repeat(np.arange(len(window_B)), count_B)
-    before_B = np.cumsum(count_B) - count_B
-    document_E = np.repeat(first_B - before_B, count_B) + np.arange(len(start_row_E))
-    batch = make_batch(tokens_BS, start_row_E=start_row_E, start_column_E=starts[document_E] - start_B[start_row_E], row_B=row_B)
-    for row in np.flatnonzero(start_B + seq_len >= data.n_tokens):
-        batch.labels_BT[row, data.n_tokens - start_B[row] - 1 :] = IGNORED
+    document_E = np.arange(len(start_row_E)) + np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B)
+    return Windows(tokens_BS, start_row_E, starts[document_E] - start_B[start_row_E], row_B)
+
+
+def mask_past_end(batch: Batch, windows_end_B: np.ndarray) -> Batch:
+    """``batch`` without the targets past the end of the data: row b has ``windows_end_B[b]`` tokens that are real."""
+    for row, n_real in enumerate(windows_end_B.tolist()):
+        batch.labels_BT[row, max(0, n_real - 1) :] = IGNORED
     return batch

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import DataError, data_error
-from titanarch.data.sources import SOURCES, Document, Position, Split, TextSource, TokensSource
+from titanarch.data.sources import SOURCES, Document, Position, Split, TextSource, TokensConfig, TokensSource
 from titanarch.data.tokenizers import Tokenizer
 
 
@@ -76,13 +76,11 @@ def has_validation(config: DataConfig) -> bool:
     """Whether a validation split is configured."""
     if config.validation is not None or config.validation_fraction > 0:
         return True
-    source = SOURCES.of(config.source)
-    if issubclass(source, TokensSource):
-        prepared = source(config.source)
-        assert isinstance(prepared, TokensSource), "a class makes its own instances"
+    if isinstance(config.source, TokensConfig):
+        prepared = TokensSource(config.source)
         folder = prepared.folder("validation")
         return folder is not None and folder != prepared.path
-    return source.splits_itself
+    return SOURCES.of(config.source).splits_itself
 
 
 def no_validation(config: DataConfig) -> DataError:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from titanarch.data.batch import Batch, make_batch
+from titanarch.data.batch import Windows
 from titanarch.data.errors import data_error
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
@@ -66,7 +66,7 @@ class _Aside:
             self._in_memory += len(content)
             return content
         if self._file is None:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         place = self._file.seek(0, 2)
         self._file.write(content)
         self._in_file += 1
@@ -189,11 +189,11 @@ class StreamReader:
             stream.skip -= len(stream.tokenized.popleft()[2])
 
 
-def stream_batch(rows: Sequence[StreamRow], row_B: np.ndarray) -> Batch:
-    """Rows of streams as a Batch; ``row_B`` int64 are their numbers in the run."""
-    return make_batch(
+def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
+    """Rows of streams together; ``row_B`` int64 are their numbers in the run."""
+    return Windows(
         np.stack([row.tokens for row in rows]),
-        start_row_E=np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
-        start_column_E=np.concatenate([row.starts for row in rows]),
-        row_B=row_B,
+        np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
+        np.concatenate([row.starts for row in rows]),
+        row_B,
     )

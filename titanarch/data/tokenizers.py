@@ -96,7 +96,7 @@ class SentencePieceConfig(TokenizerConfig):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. The character U+2581 is SentencePiece's own mark and comes back as a space."""
 
-    Config = SentencePieceConfig
+    Config: ClassVar[type[ComponentConfig]] = SentencePieceConfig
 
     def __init__(self, config: SentencePieceConfig) -> None:
         super().__init__(config)
@@ -144,7 +144,7 @@ class HfTokenizerConfig(TokenizerConfig):
 class HfTokenizer(Tokenizer):
     """A tokenizer.json. Its own truncation, padding and template of special tokens are switched off."""
 
-    Config = HfTokenizerConfig
+    Config: ClassVar[type[ComponentConfig]] = HfTokenizerConfig
 
     def __init__(self, config: HfTokenizerConfig) -> None:
         super().__init__(config)
@@ -202,7 +202,7 @@ class BytesConfig(TokenizerConfig):
 class BytesTokenizer(Tokenizer):
     """A token a byte, and token 256 to end a document."""
 
-    Config = BytesConfig
+    Config: ClassVar[type[ComponentConfig]] = BytesConfig
     vocab_size = 257
     bos_id = None
     eos_id = 256

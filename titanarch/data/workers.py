@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanarch.config.errors import ConfigError
-from titanarch.data.batch import Batch
+from titanarch.data.batch import Windows
 from titanarch.data.layout import RowLayout
 from titanarch.data.rows import IndexedRows
 from titanarch.data.streams import StreamReader, StreamRow
@@ -36,19 +36,19 @@ class _FirstRows(Sampler[int]):
                 step, micro_batch = step + 1, 0
 
 
-class _IndexedDataset(Dataset[Batch]):
+class _IndexedDataset(Dataset[Windows]):
     def __init__(self, rows: IndexedRows, n_rows: int) -> None:
         self._rows, self._n_rows = rows, n_rows
 
-    def __getitem__(self, first_row: int) -> Batch:
-        return self._rows.batch(first_row, self._n_rows)
+    def __getitem__(self, first_row: int) -> Windows:
+        return self._rows.read(first_row, self._n_rows)
 
 
 class IndexedWorkers:
-    """Processes that load the micro-batches of a rank from one on."""
+    """Processes that read the micro-batches of a rank from one on; plain arrays are cheaper to hand over than a Batch."""
 
     def __init__(self, rows: IndexedRows, layout: RowLayout, *, step: int, micro_batch: int, n_workers: int) -> None:
-        self._batches: Iterator[Batch] = iter(
+        self._windows: Iterator[Windows] = iter(
             StatefulDataLoader(
                 _IndexedDataset(rows, layout.local_batch_size),
                 batch_size=None,
@@ -60,8 +60,8 @@ class IndexedWorkers:
             )
         )
 
-    def next(self) -> Batch:
-        return next(self._batches)
+    def next(self) -> Windows:
+        return next(self._windows)
 
 
 class _StreamDataset(IterableDataset[Any]):

@@ -53,7 +53,7 @@ class GradientClipper:
 
         ``divide_by``: what the loss had been multiplied by. Returns the norm after the division and before clipping, an
         fp32 scalar on the gradients' device; nothing waits for an accelerator. As ``torch.nn.utils.clip_grad_norm_``,
-        1e-6 is added to the norm, and a norm that is not finite spoils the gradients.
+        1e-6 is added to the norm. Gradients whose norm is not finite are of no use afterwards.
         """
         grads: list[Tensor] = []
         squares: dict[tuple[str, ...], Tensor] = {}

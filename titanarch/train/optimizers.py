@@ -80,13 +80,30 @@ OPTIMIZERS: Registry[OptimizerKind] = Registry("optimizer", key="name")
 optimizer = OPTIMIZERS.register
 
 
-class AdamConfig(OptimizerConfig):
+class AdamFields(OptimizerConfig):
+    """What every optimizer with Adam in it has."""
+
+    beta1: Beta = Field(0.9, description="Adam's decay of the mean of gradients, per step")
+    beta2: Beta = Field(0.95, description="Adam's decay of the mean of squared gradients, per step")
+    eps: Positive = Field(1e-8, description="Adam's term added to the root of the mean square")
+
+    def adam(self, groups: list[ParameterGroup], *, lr: float, decoupled: bool) -> LocalAdam:
+        """Adam on ``groups``, AdamW if ``decoupled``."""
+        return LocalAdam(
+            [group.options(lr=lr, weight_decay=self.weight_decay) for group in groups],
+            lr=lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            decoupled_weight_decay=decoupled,
+            fused=self.fused,
+            foreach=self.foreach,
+        )
+
+
+class AdamConfig(AdamFields):
     """Adam (arXiv:1412.6980); its weight decay is added to the gradient."""
 
     weight_decay: NonNegative = Field(0.0, description="L2 penalty added to the gradient of parameters whose role takes decay")
-    beta1: Beta = Field(0.9, description="decay of the mean of gradients, per step")
-    beta2: Beta = Field(0.95, description="decay of the mean of squared gradients, per step")
-    eps: Positive = Field(1e-8, description="added to the root of the mean square")
 
 
 @optimizer("Adam")
@@ -96,13 +113,11 @@ class Adam(OptimizerKind):
     @staticmethod
     def build(config: OptimizerConfig, groups: list[ParameterGroup]) -> list[torch.optim.Optimizer]:
         assert isinstance(config, AdamConfig), "the registry pairs Adam with AdamConfig"
-        return [_adam(config, groups, config.lr, config.beta1, config.beta2, config.eps, decoupled=False)]
+        return [config.adam(groups, lr=config.lr, decoupled=False)]
 
 
-class AdamWConfig(AdamConfig):
+class AdamWConfig(AdamFields):
     """AdamW (arXiv:1711.05101): weights shrink by lr * weight_decay a step."""
-
-    weight_decay: NonNegative = Field(0.1, description="decay of parameters whose role takes it: matrices and tables, not gains and biases")
 
 
 @optimizer("AdamW")
@@ -112,7 +127,7 @@ class AdamW(OptimizerKind):
     @staticmethod
     def build(config: OptimizerConfig, groups: list[ParameterGroup]) -> list[torch.optim.Optimizer]:
         assert isinstance(config, AdamWConfig), "the registry pairs AdamW with AdamWConfig"
-        return [_adam(config, groups, config.lr, config.beta1, config.beta2, config.eps, decoupled=True)]
+        return [config.adam(groups, lr=config.lr, decoupled=True)]
 
 
 class SGDConfig(OptimizerConfig):
@@ -144,7 +159,7 @@ class SGD(OptimizerKind):
         ]
 
 
-class MuonConfig(OptimizerConfig):
+class MuonConfig(AdamFields):
     """Muon for hidden matrices, AdamW for embeddings, head, gains and biases; ``implementation`` is AdamW's."""
 
     momentum: Beta = Field(0.95, description="decay of Muon's mean of gradients, per step")
@@ -155,9 +170,6 @@ class MuonConfig(OptimizerConfig):
         description="lr of an A x B matrix: times 0.2 sqrt(max(A, B)), so that AdamW's lr and decay serve; or times sqrt(max(1, A/B))",
     )
     adamw_lr: Positive = Field(description="learning rate of the parameters left to AdamW")
-    beta1: Beta = Field(0.9, description="AdamW's decay of the mean of gradients, per step")
-    beta2: Beta = Field(0.95, description="AdamW's decay of the mean of squared gradients, per step")
-    eps: Positive = Field(1e-8, description="AdamW's term added to the root of the mean square")
 
 
 @optimizer("Muon")
@@ -180,23 +192,7 @@ class Muon(OptimizerKind):
             ns_steps=config.ns_steps,
             adjust_lr_fn=config.adjust_lr_fn,
         )
-        if not others:
-            return [muon]
-        return [muon, _adam(config, others, config.adamw_lr, config.beta1, config.beta2, config.eps, decoupled=True)]
-
-
-def _adam(
-    config: OptimizerConfig, groups: list[ParameterGroup], lr: float, beta1: float, beta2: float, eps: float, *, decoupled: bool
-) -> LocalAdam:
-    return LocalAdam(
-        [group.options(lr=lr, weight_decay=config.weight_decay) for group in groups],
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        decoupled_weight_decay=decoupled,
-        fused=config.fused,
-        foreach=config.foreach,
-    )
+        return [muon, config.adam(others, lr=config.adamw_lr, decoupled=True)] if others else [muon]
 
 
 class Optimizers:

@@ -4,8 +4,9 @@ import hashlib
 import importlib.resources
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from titanarch.config.registry import ComponentConfig
 from titanarch.data.files import find_files
 from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig
 from titanarch.data.sources.jsonl import JsonLines
@@ -19,7 +20,7 @@ class CorpusConfig(SourceConfig):
 class CorpusSource(JsonLines):
     """The built-in corpus; each line says its split."""
 
-    Config = CorpusConfig
+    Config: ClassVar[type[ComponentConfig]] = CorpusConfig
     splits_itself = True
     text_key = "text"
     id_key = "id"

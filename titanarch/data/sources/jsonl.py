@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from titanarch.config.errors import did_you_mean, shown
+from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
 from titanarch.data.files import DataFile, find_files
@@ -67,7 +68,7 @@ class JsonLines(TextSource):
 class JsonlSource(JsonLines):
     """JSON lines in files of the user's."""
 
-    Config = JsonlConfig
+    Config: ClassVar[type[ComponentConfig]] = JsonlConfig
 
     def __init__(self, config: JsonlConfig) -> None:
         files: list[DataFile] = find_files(config.paths)

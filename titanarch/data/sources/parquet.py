@@ -1,11 +1,12 @@
 """Documents as rows of parquet files."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from titanarch.config.errors import did_you_mean, shown
+from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
 from titanarch.data.files import find_files, open_random_access
@@ -26,7 +27,7 @@ class ParquetConfig(SourceConfig):
 class ParquetSource(TextSource):
     """Rows of parquet files, read by row group; the columns of no interest are not read."""
 
-    Config = ParquetConfig
+    Config: ClassVar[type[ComponentConfig]] = ParquetConfig
 
     def __init__(self, config: ParquetConfig) -> None:
         super().__init__(config, find_files(config.paths))

@@ -1,9 +1,11 @@
 """Documents as plain text files."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
+from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
 from titanarch.data.files import BUFFER_BYTES, ByteStream, find_files
@@ -21,7 +23,7 @@ class TextConfig(SourceConfig):
 class PlainTextSource(TextSource):
     """A document a file, or a file cut at every separator. What lies between two separators is kept as it is."""
 
-    Config = TextConfig
+    Config: ClassVar[type[ComponentConfig]] = TextConfig
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config, find_files(config.paths))

@@ -1,9 +1,11 @@
 """Documents tokenized already, by ``titanarch data prepare``."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
+from titanarch.config.registry import ComponentConfig
 from titanarch.data.errors import data_error
 from titanarch.data.files import is_local
 from titanarch.data.sources.base import SOURCES, Source, SourceConfig, Split
@@ -19,7 +21,7 @@ class TokensConfig(SourceConfig):
 class TokensSource(Source):
     """A prepared folder: one set of documents, or a folder for each split."""
 
-    Config = TokensConfig
+    Config: ClassVar[type[ComponentConfig]] = TokensConfig
 
     def __init__(self, config: TokensConfig) -> None:
         super().__init__(config)

@@ -77,7 +77,7 @@ class CombinedPosition(AbsolutePosition):
     def forward(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
         """Raises ConfigError for a position beyond a learned table (on a CPU; see ``look_up``)."""
         if self.table is None:
-            P_BTD = sinusoid(position_BT, x_BTD.shape[-1], 10_000.0) * (math.sqrt(2.0) * self.std)
+            P_BTD = sinusoid(position_BT, x_BTD, 10_000.0) * (math.sqrt(2.0) * self.std)
         else:
             P_BTD = look_up(self.table, position_BT)
         total_BTD = x_BTD + P_BTD.to(x_BTD.dtype)

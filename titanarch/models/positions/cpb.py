@@ -108,15 +108,8 @@ def _sizes(config: CPBConfig, n_heads: int) -> list[int]:
     return [config.n_features(), *[config.hidden] * config.depth, n_heads]
 
 
-class LinearCPBConfig(ScalableCPBConfig):
-    """[model.position.relative] of kind linear_cpb."""
-
-
-@relative_position("linear_cpb")
-class LinearCPB(ContinuousPositionBias):
-    """phi(d) = d. Unscaled, biases start with a standard deviation of about |d| / 4."""
-
-    Config = LinearCPBConfig
+class DistanceCPB(ContinuousPositionBias):
+    """phi(d) = d, divided by the run's length if so configured."""
 
     def __init__(self, config: ScalableCPBConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:
         super().__init__(config, shape, layer, n_heads, head_dim)
@@ -126,6 +119,17 @@ class LinearCPB(ContinuousPositionBias):
         return distance_N[:, None] / self.divisor
 
 
+class LinearCPBConfig(ScalableCPBConfig):
+    """[model.position.relative] of kind linear_cpb."""
+
+
+@relative_position("linear_cpb")
+class LinearCPB(DistanceCPB):
+    """phi(d) = d. Unscaled, biases start with a standard deviation of about |d| / 4."""
+
+    Config = LinearCPBConfig
+
+
 class LargeLinearCPBConfig(ScalableCPBConfig):
     """[model.position.relative] of kind linear_cpb_large."""
 
@@ -133,10 +137,10 @@ class LargeLinearCPBConfig(ScalableCPBConfig):
 
 
 @relative_position("linear_cpb_large")
-class LargeLinearCPB(LinearCPB):
+class LargeLinearCPB(DistanceCPB):
     """linear_cpb with a bigger network. The notes name it without a size; 1,024 units in one layer is our choice."""
 
-    Config = LargeLinearCPBConfig  # type: ignore[assignment]
+    Config = LargeLinearCPBConfig
 
 
 class LogCPBConfig(ScalableCPBConfig):
@@ -144,10 +148,10 @@ class LogCPBConfig(ScalableCPBConfig):
 
 
 @relative_position("log_cpb")
-class LogCPB(LinearCPB):
+class LogCPB(DistanceCPB):
     """phi(d) = sign(d) ln(1 + |d|)."""
 
-    Config = LogCPBConfig  # type: ignore[assignment]
+    Config = LogCPBConfig
 
     def features(self, distance_N: Tensor) -> Tensor:
         distance_N1 = super().features(distance_N)
@@ -177,5 +181,5 @@ class FourierCPB(ContinuousPositionBias):
         self.n_features, self.theta = config.n_features(), config.theta
 
     def features(self, distance_N: Tensor) -> Tensor:
-        angle_NF = distance_N[:, None] * inverse_frequencies(self.n_features, self.theta, distance_N.device)
+        angle_NF = distance_N[:, None] * inverse_frequencies(self.n_features, self.theta, dtype=distance_N.dtype, device=distance_N.device)
         return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=-1)

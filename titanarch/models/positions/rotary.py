@@ -61,7 +61,7 @@ class RotaryConfig(RelativePositionConfig):
 
 @relative_position("rotary")
 class Rotary(RelativePosition):
-    """Turns the pair i of a head by position * frequency_i. Angles, cosines and sines are fp32.
+    """Turns the pair i of a head by position * frequency_i. Angles, cosines and sines are fp32, or fp64 for fp64 queries.
 
     Two matrices of half the rotated channels are made a layer from the positions; nothing is cached, so any position
     has a rotation.
@@ -84,14 +84,15 @@ class Rotary(RelativePosition):
     def reset_parameters(self, init: Init) -> None:
         """No parameters."""
 
-    def frequencies(self, device: torch.device) -> Tensor:
-        """Radians a token, fp32 [F], highest first."""
-        frequency_F = inverse_frequencies(self.n_rotated, self.config.theta, device)
+    def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Radians a token, [F], highest first."""
+        frequency_F = inverse_frequencies(self.n_rotated, self.config.theta, dtype=dtype, device=device)
         return ROTARY_SCALINGS.of(self.config.scaling).scale(self.config.scaling, frequency_F, self.config.theta)
 
     def rotate(self, q_BTHK: Tensor, k_BTGK: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Both turned by their positions, in their dtypes."""
-        angle_BT1F = position_BT[..., None, None].float() * self.frequencies(position_BT.device)
+        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+        angle_BT1F = position_BT[..., None, None].to(dtype) * self.frequencies(dtype, q_BTHK.device)
         cos_BT1F, sin_BT1F = angle_BT1F.cos(), angle_BT1F.sin()
         if self.attention_factor != 1.0:
             cos_BT1F, sin_BT1F = cos_BT1F * self.attention_factor, sin_BT1F * self.attention_factor

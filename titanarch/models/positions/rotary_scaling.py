@@ -30,7 +30,7 @@ class RotaryScaling(ABC):
     @staticmethod
     @abstractmethod
     def scale(config: Any, frequency_F: Tensor, theta: float) -> Tensor:
-        """New frequencies, fp32 [F], from those of theta, radians a token, highest first."""
+        """New frequencies, [F], from those of theta, radians a token, highest first."""
 
     @staticmethod
     def attention_factor(config: Any) -> float:
@@ -110,7 +110,7 @@ class Yarn(RotaryScaling):
         low = max(math.floor(channel(config.beta_fast)), 0)
         high = min(math.ceil(channel(config.beta_slow)), 2 * n_frequencies - 1)
         width = high - low if high != low else 0.001
-        index_F = torch.arange(n_frequencies, dtype=torch.float32, device=frequency_F.device)
+        index_F = torch.arange(n_frequencies, dtype=frequency_F.dtype, device=frequency_F.device)
         interpolated_F = ((index_F - low) / width).clamp(0, 1)
         return frequency_F * (interpolated_F / config.factor + (1 - interpolated_F))
 

@@ -19,9 +19,11 @@ from titanarch.models.positions.frequencies import inverse_frequencies
 Theta = Annotated[float, Field(gt=1)]
 
 
-def sinusoid(position_BT: Tensor, d_model: int, theta: float) -> Tensor:
-    """P[n, 2i] = sin(n theta^(-2i / D)), P[n, 2i + 1] = cos of the same; fp32 [B, T, D]."""
-    angle_BTF = position_BT.unsqueeze(-1).float() * inverse_frequencies(d_model, theta, position_BT.device)
+def sinusoid(position_BT: Tensor, x_BTD: Tensor, theta: float) -> Tensor:
+    """P[n, 2i] = sin(n theta^(-2i / D)), P[n, 2i + 1] = cos of the same; [B, T, D] like x, in fp32 or better."""
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    frequency_F = inverse_frequencies(x_BTD.shape[-1], theta, dtype=dtype, device=x_BTD.device)
+    angle_BTF = position_BT.unsqueeze(-1).to(dtype) * frequency_F
     return torch.stack((angle_BTF.sin(), angle_BTF.cos()), dim=-1).flatten(-2)
 
 
@@ -59,7 +61,7 @@ class Sinusoidal(AbsolutePosition):
         """No parameters."""
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
-        return x_BTD + sinusoid(position_BT, x_BTD.shape[-1], self.config.theta).to(x_BTD.dtype)
+        return x_BTD + sinusoid(position_BT, x_BTD, self.config.theta).to(x_BTD.dtype)
 
 
 class ScaledSinusoidalConfig(AbsolutePositionConfig):
@@ -92,4 +94,4 @@ class ScaledSinusoidal(AbsolutePosition):
         init.constant(self, "scale", self.initial_scale)
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
-        return x_BTD + (self.scale * sinusoid(position_BT, x_BTD.shape[-1], self.config.theta)).to(x_BTD.dtype)
+        return x_BTD + (self.scale * sinusoid(position_BT, x_BTD, self.config.theta)).to(x_BTD.dtype)

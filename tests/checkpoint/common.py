@@ -1,0 +1,96 @@
+"""What the checkpoint tests share: a process group of one, and a small model with its optimizers."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW, Muon, Optimizer
+
+from titanarch.checkpoint.config import CheckpointConfig
+from titanarch.checkpoint.store import Checkpointer
+from titanarch.checkpoint.train_state import ModelState, OptimizerState
+
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Net(nn.Module):
+    """Two hidden layers with a norm between; 3 sizes of parameters, matrices and vectors."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, width)
+        self.norm = nn.LayerNorm(width)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, 4)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(self.norm(self.first(x)))) * self.scale[0])
+
+
+def build(seed: int, *, width: int = WIDTH) -> tuple[Net, list[Optimizer]]:
+    """A sharded net, and AdamW and Muon for its vectors and matrices."""
+    torch.manual_seed(seed)
+    net = Net(width)
+    for child in (net.first, net.second, net.head):
+        fully_shard(child)
+    fully_shard(net)
+    matrices = [net.first.weight, net.second.weight]
+    others = [p for p in net.parameters() if all(p is not m for m in matrices)]
+    return net, [AdamW(others, lr=1e-2, weight_decay=0.1), Muon(matrices, lr=2e-2, weight_decay=0.1)]
+
+
+def train(net: Net, optimizers: list[Optimizer], *, start: int, steps: int) -> list[float]:
+    """Global losses of ``steps`` steps on rows that depend on the step alone; 8 rows, split over the processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 8, generator=generator)[rank::world]
+        y = torch.randn(8, 4, generator=generator)[rank::world]
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def state_of(net: Net, optimizers: list[Optimizer]) -> dict[str, ModelState | OptimizerState]:
+    return {"model": ModelState(net), "optimizer": OptimizerState(net, optimizers)}
+
+
+def checkpointer(folder: Path | str, **options: object) -> Checkpointer:
+    return Checkpointer(CheckpointConfig.model_validate({"interval": 1, **options}), folder)
+
+
+def tensors(net: Net, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Copies of all local tensors of the training state."""
+    found = {f"model.{name}": value for name, value in net.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, buffers in enumerate(optimizer.state.values()):
+            found |= {f"optimizer.{number}.{index}.{key}": value for key, value in buffers.items()}
+    return {name: (value.to_local() if hasattr(value, "to_local") else value).detach().clone() for name, value in found.items()}
+
+
+def assert_bitwise(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing

@@ -1,0 +1,22 @@
+"""``titanarch train``: run a configuration, on the processes that torchrun or another launcher started."""
+
+import argparse
+import logging
+import sys
+
+from titanarch.cli.arguments import add_config_arguments, load_from_arguments
+from titanarch.train.launch import train
+from titanarch.train.metrics.results import print_result
+from titanarch.train.run_config import RunConfig
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    result, is_main = train(load_from_arguments(args, RunConfig))
+    if is_main:
+        print_result(result)
+    return 0

@@ -1,0 +1,82 @@
+"""What can be refused before launch, on any machine, all at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.contract.mixer import BaseMixer
+from titanarch.contract.model import MODELS, Model
+from titanarch.data.layout import RowLayout
+from titanarch.data.tokenizers import build_tokenizer
+from titanarch.parallel.mesh import resolve_degrees
+from titanarch.train.budget import build_budget
+from titanarch.train.metrics.config import check_sinks
+from titanarch.train.profiling import check_profiling
+from titanarch.train.resolve import local_batch_size
+from titanarch.train.run_config import RunConfig
+from titanarch.train.schedules import build_schedule
+
+
+def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
+    """Raise one ConfigError with every reason why ``config`` cannot run on ``world_size`` processes."""
+    problems: list[Problem] = []
+
+    def collect(check: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return check(*args, **options)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    degrees = collect(resolve_degrees, config.parallelism, world_size)
+    if degrees is not None:
+        n = degrees.data_parallel
+        collect(RowLayout, config.training.global_batch_size, local_batch_size(config, n), 0, n)
+    collect(check_sinks, config.metrics)
+    collect(check_profiling, config.profiling, device_type=device_type)
+    collect(_check_schedule, config)
+    collect(_check_model, config)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def vocabulary(config: RunConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding; a ConfigError where the model's are fewer than the tokenizer's tokens."""
+    wanted = getattr(config.model, "vocab_size", None) or tokenizer_size
+    if wanted < tokenizer_size:
+        raise ConfigError(Problem(f"{wanted} rows are fewer than the tokenizer's {tokenizer_size} tokens; raise it or remove it", "model.vocab_size"))
+    return int(wanted)
+
+
+def meta_model(config: RunConfig, vocab_size: int) -> Model:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return MODELS.of(config.model)(config.model, vocab_size, config.training.seq_len)
+
+
+def _check_schedule(config: RunConfig) -> None:
+    training = config.training
+    per_step = training.global_batch_size * training.seq_len
+    budget = build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=per_step)
+    build_schedule(config.lr_scheduler, budget)
+
+
+def _check_model(config: RunConfig) -> None:
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    model = meta_model(config, vocabulary(config, tokenizer.vocab_size))
+    longest, problems = model.max_length(), []
+    if longest is not None:
+        validated = {"training.seq_len": config.training.seq_len}
+        problems += [
+            Problem(f"{n} tokens are more than the {longest} positions of the model's table; shorten it, or raise the table's max_length", key)
+            for key, n in validated.items()
+            if n > longest
+        ]
+    refused = {type(m).__qualname__ for m in model.modules() if isinstance(m, BaseMixer) and not m.accepts_packed_rows}
+    problems += [Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers") for name in refused]
+    if config.activation_checkpoint.mode != "none" and model.fsdp_units == "root":
+        problems.append(Problem("this model differentiates inside its forward, which recomputation breaks; use 'none'", "activation_checkpoint.mode"))
+    if problems:
+        raise ConfigError(*problems)

@@ -1,0 +1,256 @@
+"""The run: build, resume, loop, validate, evaluate, write the result."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from titanarch.checkpoint.store import Checkpointer
+from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
+from titanarch.config.dump import dump_toml, to_table
+from titanarch.data.fixed import FixedBatches, fixed_batches
+from titanarch.data.loader import build_loader
+from titanarch.data.tokenizers import build_tokenizer
+from titanarch.evaluate.evaluation import evaluate
+from titanarch.evaluate.validation import validation_loss
+from titanarch.train.budget import build_budget
+from titanarch.train.check import vocabulary
+from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.metrics.devices import device_peak
+from titanarch.train.metrics.environment import environment_record
+from titanarch.train.metrics.log import MetricLog
+from titanarch.train.metrics.meter import StepMeter
+from titanarch.train.metrics.sink import SinkContext
+from titanarch.train.optimizers import build_optimizers
+from titanarch.train.processes import Processes, set_timeout
+from titanarch.train.profiling import Profiler
+from titanarch.train.progress import DataState, Progress
+from titanarch.train.reproducibility import GarbageCollection, seed_global_generators, set_deterministic
+from titanarch.train.resolve import local_batch_size, param_dtype
+from titanarch.train.run_config import RunConfig
+from titanarch.train.run_folder import RunFolder
+from titanarch.train.schedules import build_schedule
+from titanarch.train.setup import build_model
+from titanarch.train.step import StepOutcome, TrainStep
+
+
+class Trainer:
+    """One start of a run. ``config`` is resolved; ``folder`` is open on process 0 and only read on others."""
+
+    def __init__(self, config: RunConfig, processes: Processes, folder: RunFolder) -> None:
+        training, seed = config.training, config.debug.seed
+        assert seed is not None, "the configuration is resolved before anything is built"
+        self.config, self.processes, self.folder = config, processes, folder
+        set_deterministic(config.debug.deterministic, processes.device.type)
+        seed_global_generators(seed)
+        self.tokenizer = build_tokenizer(config.data.tokenizer)
+        built = build_model(config, processes, vocabulary(config, self.tokenizer.vocab_size))
+        self.model, self.cost = built.model, built.cost
+        self.optimizers = build_optimizers(config.optimizer, self._named_parameters(), built.roles)
+        self.loader = build_loader(
+            config.data,
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            local_batch_size=self.rows_at_once,
+            dp_rank=processes.rank,
+            dp_degree=processes.world_size,
+            seed=seed,
+        )
+        self.scaler = LossScaler(enabled=training.mixed_precision_param == "float16")
+        self.guard = NonFiniteGuard(training.on_nonfinite, self.scaler)
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizers,
+            clipper=GradientClipper(self.model.parameters(), training.max_norm),
+            scaler=self.scaler,
+            guard=self.guard,
+            processes=processes,
+            seed=seed,
+            z_weight=training.z_loss_weight,
+        )
+        self.tokens_per_step = training.global_batch_size * training.seq_len
+        self.budget = build_budget(
+            steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=self.tokens_per_step
+        )
+        self.schedule = build_schedule(config.lr_scheduler, self.budget)
+        self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard)
+        self.log = MetricLog(config.metrics, is_main=processes.is_main)
+        self.checkpointer = Checkpointer(config.checkpoint, folder.path)
+        self.meter = StepMeter(
+            device=processes.device,
+            n_devices=processes.world_size,
+            training_flops_per_token=self.cost.training_flops_per_token,
+            peak_flops_per_second=device_peak(processes.device, param_dtype(config), tf32=False),
+            sum_over_processes=processes.sum,
+        )
+        self.validation_sets = self._validation_sets()
+
+    @property
+    def rows_at_once(self) -> int:
+        return local_batch_size(self.config, self.processes.world_size)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end of the budget; the result, also written to the folder by process 0."""
+        started = time.monotonic()
+        with ExitStack() as stack:
+            stack.callback(self.log.close)
+            stack.callback(self.checkpointer.close)
+            stack.callback(self.loader.close)
+            first_step = self._resume()
+            self.budget.start(self.progress.step, self.progress.tokens)
+            self.meter.start(self.budget.fraction)
+            profiler = stack.enter_context(
+                Profiler(
+                    self.config.profiling, self.folder.path, rank=self.processes.rank, device=self.processes.device, start_step=first_step
+                )
+            )
+            garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
+            self._loop(profiler.step, garbage.after_step)
+            losses = self._validate()
+            if self.config.checkpoint.last_save and self.progress.step > first_step:
+                self._save(last=True)
+            result = self._result(losses, time.monotonic() - started)
+            if self.processes.is_main:
+                self.folder.write_result(result)
+            self.log.close(result)
+        return result
+
+    def _loop(self, profile: Callable[[], None], collect_garbage: Callable[[int], None]) -> None:
+        batches = self.meter.timed(self.loader)
+        n_batches = self.loader.accumulation_steps
+        first_step = self.progress.step + 1
+        while not self.budget.done:
+            step = self.progress.step + 1
+            self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
+            self.checkpointer.maybe_wait()
+            outcome = self.train_step(step, [next(batches) for _ in range(n_batches)])
+            self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
+            self.meter.step_done(self.tokens_per_step, {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts})
+            self.budget.advance(step, self.progress.tokens)
+            self._after_step(step, outcome)
+            if step == first_step:
+                set_timeout(self.config.comm.train_timeout_seconds)
+            profile()
+            collect_garbage(step)
+
+    def _after_step(self, step: int, outcome: StepOutcome) -> None:
+        """Log, validate, save: rows come before the checkpoint that a resume would find them with."""
+        if not outcome.is_made:
+            self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
+        saves = self.checkpointer.due(step) and not self.budget.done
+        if self.config.metrics.is_logged(step) or self.budget.done:
+            self.guard.check()
+            row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
+            counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
+            self.log.log({**row, **counts})
+        validation = self.config.validation
+        if validation.enable and step % validation.interval == 0 and not self.budget.done:
+            self._validate()
+        if saves:
+            self._save(last=False)
+
+    def _validate(self) -> dict[str, float]:
+        """Losses on the fixed rows, logged; {} where validation is off."""
+        if not self.validation_sets:
+            return {}
+        with self.meter.paused(), self.budget.stopwatch.paused():
+            losses = {
+                name: validation_loss(self.model, batches, self.processes.device, self.processes.sum)[0]
+                for name, batches in self.validation_sets.items()
+            }
+        self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
+        return losses
+
+    def _validation_sets(self) -> dict[str, FixedBatches]:
+        validation = self.config.validation
+        wanted = {"validation_loss": ("validation", validation.rows), "train_subset_loss": ("train", validation.train_rows)}
+        return {
+            name: fixed_batches(
+                self.config.data,
+                split,
+                tokenizer=self.tokenizer,
+                seq_len=self.config.training.seq_len,
+                n_rows=n_rows,
+                batch_size=self.rows_at_once,
+                dp_rank=self.processes.rank,
+                dp_degree=self.processes.world_size,
+            )
+            for name, (split, n_rows) in wanted.items()
+            if validation.enable and n_rows
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizers.torch_optimizers),
+            "data": DataState(self.loader, self.checkpointer),
+            "progress": self.progress,
+            "random": RandomState(self.checkpointer.processes),
+        }
+
+    def _save(self, *, last: bool) -> None:
+        self.guard.check()
+        with self.meter.paused(), self.budget.stopwatch.paused():
+            self.checkpointer.save(self.progress.step, self._state(), config_text=dump_toml(self.config), force_sync=last)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
+        loaded = self.checkpointer.load(self._state())
+        initial = None if loaded else self.checkpointer.load_initial(self._state())
+        step = self.progress.step
+        if self.processes.is_main:
+            trimmed = self.folder.resume_at(step)
+            self.folder.set_aside_result()
+            context = SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config))
+            self.log.open(context)
+            if loaded:
+                self.log.event(f"resumed from {loaded.path} at step {step}{'; ' + str(trimmed) if str(trimmed) else ''}")
+                for reason in loaded.skipped:
+                    self.log.event(f"skipped the checkpoint {reason}")
+            elif initial:
+                self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
+        return step
+
+    def _named_parameters(self) -> list[tuple[str, Any]]:
+        """Parameters by their names in the bare model, which activation checkpointing changes."""
+        return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in self.model.named_parameters()]
+
+    def _result(self, losses: dict[str, float], wall_seconds: float) -> dict[str, Any]:
+        with self.meter.paused():
+            evaluation = evaluate(
+                self.model,
+                config=self.config.evaluation,
+                data=self.config.data,
+                tokenizer=self.tokenizer,
+                train_seq_len=self.config.training.seq_len,
+                device=self.processes.device,
+                dp_rank=self.processes.rank,
+                dp_degree=self.processes.world_size,
+            )
+        return {
+            "run": str(self.folder.path),
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "epochs": self._epochs(),
+            "parameters": self.cost.parameters,
+            "non_embedding_parameters": self.cost.non_embedding_parameters,
+            "forward_flops_per_token": self.cost.forward_flops_per_token,
+            "training_flops": self.cost.training_flops_per_token * self.progress.tokens,
+            "skipped_steps": self.guard.skipped,
+            **self.meter.totals(),
+            "wall_seconds": wall_seconds,
+            "losses": losses,
+            "evaluation": evaluation.rows,
+            "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
+        }
+
+    def _epochs(self) -> float:
+        rows = self.loader.rows_per_epoch
+        return self.loader.next_row / rows if rows else float(self.loader.epoch)
+
+
+def run_path(config: RunConfig) -> Path:
+    """The folder of the run."""
+    return Path(config.job.dump_folder).expanduser()
