@@ -42,10 +42,10 @@ _LIMITS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "less_than_equal": lambda limit: f"must be <= {limit['le']:g}",
     "multiple_of": lambda limit: f"must be a multiple of {limit['multiple_of']:g}",
     "finite_number": lambda limit: "must be finite",
-    "too_short": lambda limit: f"needs {limit['min_length']} items or more",
-    "too_long": lambda limit: f"takes {limit['max_length']} items or fewer",
-    "string_too_short": lambda limit: f"needs {limit['min_length']} characters or more",
-    "string_too_long": lambda limit: f"takes {limit['max_length']} characters or fewer",
+    "too_short": lambda limit: f"needs {_count(limit['min_length'], 'item')} or more",
+    "too_long": lambda limit: f"takes {_count(limit['max_length'], 'item')} or fewer",
+    "string_too_short": lambda limit: f"needs {_count(limit['min_length'], 'character')} or more",
+    "string_too_long": lambda limit: f"takes {_count(limit['max_length'], 'character')} or fewer",
     "string_pattern_mismatch": lambda limit: f"must match the pattern {limit['pattern']}",
 }
 
@@ -115,6 +115,8 @@ def _message(group: list[_Finding], schema: type[Section], table: dict[str, Any]
     first = group[0]
     if first.kind == "extra_forbidden":
         return _unknown_key(first.path, schema, table)
+    if first.kind == "missing" and isinstance(last := group[-1].error["loc"][-1], int):  # of an array of fixed length
+        return f"needs {_count(last + 1, 'item')} or more, got {describe(_value(first, tree))}"
     if first.kind == "missing":
         return _missing_key(first.path, schema, table)
     wanted = list(dict.fromkeys(want for finding in group for want in finding.wanted()))
@@ -190,6 +192,10 @@ def describe(value: Any) -> str:
     names = {bool: "the boolean", int: "the integer", float: "the number"}
     name = names.get(type(value), "the date or time" if isinstance(value, date | time) else "")
     return f"{name} {toml_value(value)}" if name else shown(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _either(choices: Iterable[str]) -> str:

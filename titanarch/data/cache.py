@@ -65,7 +65,7 @@ def _acquired(path: Path) -> AcquireReturnProxy:
     try:
         return lock.acquire(timeout=1)
     except Timeout:
-        logger.info("waiting for another process that tokenizes the same data (%s)", path)
+        logger.warning("waiting for another process that tokenizes the same data (%s)", path)
         return lock.acquire()
 
 

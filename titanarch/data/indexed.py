@@ -67,6 +67,11 @@ class IndexedData(Sequence[TokenizedDocument]):
         """Where each document begins, and at last where all end, in tokens: int64 [documents + 1]."""
         return self._offsets[: self.n_documents + 1]
 
+    @property
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each document's text, int64 [documents]."""
+        return self._bytes[: self.n_documents]
+
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens ``start`` to ``start + n``, in the stored dtype [n]."""
         shard = bisect_right(self._shard_ends, start)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +24,7 @@ from titanarch.data.tokenizers import Tokenizer
 CHUNK_CHARACTERS = 1 << 20  # text handed to a process at a time, or one document that is longer
 CHUNK_DOCUMENTS = 1024
 CHUNKS_A_PROCESS = 3  # read ahead, so that no process waits for the reader
+SECONDS_A_LINE = 30
 PARALLEL_BYTES = 64 << 20  # below, starting processes takes longer than tokenizing
 
 
@@ -40,16 +42,15 @@ def prepare(source: SplitSource, tokenizer: Tokenizer, folder: Path, *, processe
     ``processes``: 0 takes one a core where the source has over 64 MB and else one. A progress bar goes to a terminal
     on stderr. Raises DataError where a document is malformed, or there is none, naming file and line.
     """
-    n_processes = processes or (available_cores() if source.source.stored_bytes > PARALLEL_BYTES else 1)
-    with IndexWriter(folder, tokenizer) as writer, _progress() as progress:
-        task = progress.add_task(f"tokenizing {source.split}", total=source.source.stored_bytes)
+    total = source.source.stored_bytes
+    n_processes = processes or (available_cores() if total > PARALLEL_BYTES else 1)
+    with IndexWriter(folder, tokenizer) as writer, _Progress(f"tokenizing {source.split}", total) as progress:
         tokenized = _in_parallel(source, tokenizer, n_processes) if n_processes > 1 else _here(source, tokenizer)
         for documents, chunk in tokenized:
             ends = np.cumsum(chunk.lengths)
             for document_id, end, length, n_bytes in zip(documents, ends, chunk.lengths, chunk.n_bytes, strict=True):
                 writer.add(document_id, chunk.tokens[end - length : end], n_bytes)
-            progress.update(task, completed=source.source.stored_bytes_read)
-        progress.update(task, completed=source.source.stored_bytes)
+            progress.show(source.source.stored_bytes_read)
         if writer.n_bytes == 0:
             raise source.empty()
         writer.finish(source.identity())
@@ -60,9 +61,27 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+class _Progress:
+    """A bar on a terminal, a line every half a minute elsewhere, on stderr."""
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        self._task = self._bar.add_task(what, total=total_bytes)
+        self._what, self._total_bytes, self._last = what, total_bytes, time.monotonic()
+
+    def show(self, done_bytes: int) -> None:
+        self._bar.update(self._task, completed=done_bytes)
+        if self._bar.disable and time.monotonic() - self._last >= SECONDS_A_LINE:
+            self._last = time.monotonic()
+            print(f"{self._what}: {done_bytes / max(1, self._total_bytes):.0%} of {self._total_bytes:,} bytes", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
 
 
 def _chunks(source: SplitSource) -> Iterator[list[Document]]:

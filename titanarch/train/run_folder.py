@@ -183,6 +183,8 @@ class RunFolder:
                 )
                 raise ConfigError(Problem(message, key="job.dump_folder"))
             return
+        if not self._has_progress():
+            return  # an earlier start failed before its first row, for want of its data say: nothing is lost
         saved = read_json(self.identity_path)
         new = json.loads(json.dumps(json_ready(identity)))
         problems = [
@@ -193,6 +195,11 @@ class RunFolder:
         if problems:
             message = f"{self.path} holds a run with another configuration; choose another folder, or take back what is listed below"
             raise ConfigError(Problem(message, key="job.dump_folder"), *problems)
+
+    def _has_progress(self) -> bool:
+        """Whether a row was logged or a checkpoint saved."""
+        has_rows = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        return has_rows or (self.checkpoints_path.is_dir() and any(self.checkpoints_path.iterdir()))
 
     def _record_start(self, identity: Mapping[str, Any], config_toml: str, environment: Mapping[str, Any]) -> None:
         """identity.json comes first: without it a folder with anything else of a run is refused."""

@@ -241,7 +241,7 @@ class Trainer:
             "skipped_steps": self.guard.skipped,
             **self.meter.totals(),
             "wall_seconds": wall_seconds,
-            "losses": losses,
+            "losses": {name.removesuffix("_loss"): value for name, value in losses.items()},
             "evaluation": evaluation.rows,
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }

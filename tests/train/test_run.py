@@ -1,0 +1,73 @@
+"""Whole runs: the layout does not change a run, and nothing is lost when it is killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import losses, rows, train, train_and_kill, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    """20 steps in one go on one process."""
+    train(write_config(folder, "undisturbed", folder / "cache"))
+    return folder / "undisturbed"
+
+
+def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {"config.toml", "configs", "metrics.jsonl", "checkpoints", "result.json", "identity.json"} <= names
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert result["step"] == 20
+    assert result["tokens"] == 20 * 8 * 32
+    assert sorted(losses(undisturbed)) == list(range(1, 21))
+    assert [row["step"] for row in rows(undisturbed) if "validation_loss" in row] == [10, 20]
+    assert result["losses"]["validation"] == pytest.approx(rows(undisturbed)[-1]["validation_loss"])
+
+
+def test_a_killed_run_resumes_to_bitwise_the_same_losses(folder: Path, undisturbed: Path) -> None:
+    config = write_config(folder, "killed", folder / "cache")
+    train_and_kill(config, folder / "killed", 11)
+    train(config)
+    assert losses(folder / "killed") == losses(undisturbed)
+    assert (folder / "killed" / "configs" / "start-2.toml").exists()
+    finished = json.loads((folder / "killed" / "result.json").read_text())
+    assert finished["losses"] == json.loads((undisturbed / "result.json").read_text())["losses"]
+
+
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_the_number_of_processes_does_not_change_the_losses(folder: Path, undisturbed: Path, n_processes: int) -> None:
+    name = f"processes_{n_processes}"
+    train(write_config(folder, name, folder / "cache"), n_processes=n_processes)
+    expected, found = losses(undisturbed), losses(folder / name)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
+
+
+def test_micro_batches_and_workers_do_not_change_the_losses(folder: Path, undisturbed: Path) -> None:
+    config = write_config(folder, "micro", folder / "cache")
+    train(config, "--training.local_batch_size", "2", "--data.workers", "2", "--activation_checkpoint.mode", "full")
+    for step, loss in losses(undisturbed).items():
+        assert losses(folder / "micro")[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
+
+
+def test_another_identity_in_the_same_folder_is_refused(folder: Path, undisturbed: Path) -> None:
+    config = write_config(folder, "undisturbed", folder / "cache")
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    done = train(config, "--optimizer.lr", "5e-4", "--model.d_model", "64", status=2)
+    assert "optimizer.lr" in done.stderr or "[optimizer] lr" in done.stderr
+    assert "d_model" in done.stderr
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_says_so_and_trains_no_further(undisturbed: Path, folder: Path) -> None:
+    before = losses(undisturbed)
+    train(write_config(folder, "undisturbed", folder / "cache"))
+    assert losses(undisturbed) == before

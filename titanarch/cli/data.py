@@ -1,0 +1,159 @@
+"""``titanarch data``: tokenize a source ahead of training, and look at what a run reads."""
+
+import argparse
+import sys
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from titanarch.cli.arguments import add_config_arguments, load_from_arguments
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.config.explain import explain
+from titanarch.config.merge import merge
+from titanarch.config.overrides import COMMAND_LINE, FILE_OPTIONS, override_trees
+from titanarch.config.section import Section
+from titanarch.config.tree import Node, Origin
+from titanarch.data.batch import Batch, make_batch
+from titanarch.data.config import DataConfig
+from titanarch.data.errors import data_error
+from titanarch.data.fixed import documents
+from titanarch.data.index_writer import staged
+from titanarch.data.indexed import IndexedData
+from titanarch.data.prepare import prepare
+from titanarch.data.rows import IndexedRows
+from titanarch.data.sources import Split, TokensConfig
+from titanarch.data.split import SplitSource, has_validation
+from titanarch.data.streams import StreamReader, stream_windows
+from titanarch.data.tokenizers import Tokenizer, build_tokenizer
+from titanarch.train.run_config import RunConfig
+
+
+class _DataOnly(Section):
+    """What a command line without a file may set."""
+
+    data: DataConfig = Field(DataConfig(), description="what is read, and how")
+
+
+class _Settings(NamedTuple):
+    """What the command takes from a configuration; 0 and None where there is none or it does not say."""
+
+    data: DataConfig
+    seq_len: int = 0
+    global_batch_size: int = 0
+    seed: int | None = None
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    writing = actions.add_parser("prepare", help="tokenize a source into a folder that runs read directly", allow_abbrev=False)
+    add_config_arguments(writing)
+    writing.usage = f"{writing.prog} [--config FILE] [--data.key VALUE ...] --out DIR [--processes N]"
+    writing.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+    writing.add_argument("--processes", type=int, default=0, help="tokenizing processes; 0, the default: one a core for over 64 MB")
+    looking = actions.add_parser("inspect", help="show documents, their lengths, and a row as the model sees it", allow_abbrev=False)
+    add_config_arguments(looking)
+    looking.usage = f"{looking.prog} [--config FILE] [--data.key VALUE ...] [--split NAME] [--documents N] [--row K]"
+    looking.add_argument("--split", choices=("train", "validation"), default="train", help="the split to look at")
+    looking.add_argument("--documents", type=int, default=10, help="how many documents to list")
+    looking.add_argument("--row", type=int, help="a row of the run to decode, from 0")
+    looking.add_argument("--seq-len", type=int, help="tokens of that row; default: the configuration's")
+    looking.add_argument("--seed", type=int, help="the seed that orders the rows; default: the configuration's")
+    looking.add_argument("--verify", action="store_true", help="read all tokens and compare their checksums")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    tokenizer = build_tokenizer(settings.data.tokenizer)
+    if args.action == "prepare":
+        _prepare(settings.data, tokenizer, args.out, args.processes)
+    else:
+        _inspect(settings, tokenizer, args)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> _Settings:
+    """From the configuration file, or from ``--data.key`` alone where no file is named."""
+    if any(argument.split("=")[0] in {f"--{name}" for name in FILE_OPTIONS} for argument in args.config_arguments):
+        config = load_from_arguments(args, RunConfig).config
+        return _Settings(config.data, config.training.seq_len, config.training.global_batch_size, config.debug.seed)
+    empty = Node({}, Origin(COMMAND_LINE, None))
+    tree = reduce(lambda base, over: merge(base, over, (_DataOnly,)), override_trees(args.config_arguments), empty)
+    try:
+        return _Settings(_DataOnly.model_validate(tree.plain()).data)
+    except ValidationError as error:
+        raise ConfigError(*explain(error, _DataOnly, tree)) from error
+
+
+def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int) -> None:
+    """Write every split to a folder of its own in ``out``, all or nothing."""
+    if isinstance(config.source, TokensConfig):
+        raise ConfigError(Problem("the source is prepared already; name a source of text", key="data.source"))
+    if out.exists():
+        raise data_error("exists already: remove it or choose another --out", file=out)
+    splits: list[Split] = ["train"]
+    if has_validation(config) and not isinstance(config.validation, TokensConfig):
+        splits.append("validation")
+    with staged(out) as staging:
+        for split in splits:
+            (staging / split).mkdir()
+            prepare(SplitSource(config, split), tokenizer, staging / split, processes=processes)
+    for split in splits:
+        print(f"{out / split}: {_totals(IndexedData(out / split, tokenizer))}")
+    print(f'use it with data.source = {{ kind = "tokens", path = "{out}" }} and the same data.tokenizer')
+
+
+def _totals(data: IndexedData) -> str:
+    n_bytes = sum(data.document_bytes.tolist())
+    return f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {n_bytes:,} bytes ({n_bytes / data.n_tokens:.2f} a token)"
+
+
+def _inspect(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    if args.row is not None:
+        batch = _row(settings, tokenizer, args)
+        _print_row(batch, tokenizer)
+        return
+    data = documents(settings.data, args.split, tokenizer)
+    if args.verify:
+        data.verify()
+    lengths = np.diff(data.starts)
+    low, p10, median, p90, high = np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int)
+    print(f"{args.split}: {_totals(data)}" + (", checksums right" if args.verify else ""))
+    print(f"tokens a document: shortest {low:,}, p10 {p10:,}, median {median:,}, p90 {p90:,}, longest {high:,}")
+    if args.documents:
+        print(f"{'tokens':>10} {'bytes':>12}  document")
+    for document, length in zip(data[: args.documents], lengths.tolist(), strict=False):
+        print(f"{length:>10,} {document.n_bytes:>12,}  {document.id}")
+
+
+def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) -> Batch:
+    """Row ``args.row`` of the run, as a batch of one."""
+    config, row = settings.data, args.row
+    seq_len = args.seq_len or settings.seq_len
+    seed = settings.seed if args.seed is None else args.seed
+    if args.split != "train" or row < 0 or seq_len < 1:
+        raise ConfigError("--row wants a number from 0, the split train, and a length by --config or --seq-len")
+    if config.mode == "streamed":
+        n_streams = config.streams or settings.global_batch_size
+        if n_streams < 1:
+            raise ConfigError("--row of streamed data wants --config, or the number of streams by --data.streams")
+        source, stream = SplitSource(config, "train"), row % n_streams
+        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=n_streams, streams=[stream], cursors={})
+        for _ in range(row // n_streams):
+            reader.next_row(stream)
+        return make_batch(stream_windows([reader.next_row(stream)], np.array([row])))
+    if seed is None:
+        raise ConfigError("--row wants the seed that orders the rows: debug.seed of --config, or --seed")
+    return make_batch(IndexedRows(documents(config, "train", tokenizer), seq_len=seq_len, seed=seed).read(row, 1))
+
+
+def _print_row(batch: Batch, tokenizer: Tokenizer) -> None:
+    """The text of each document in the row, under a line that says which tokens it has."""
+    tokens, document = batch.tokens_BT[0].numpy(), batch.document_BT[0].numpy()
+    print(f"row {int(batch.row_B[0])}: {len(tokens)} tokens, {int((batch.labels_BT != -100).sum())} of them with a target")
+    for number in range(int(document[-1]) + 1):
+        (places,) = np.nonzero(document == number)
+        print(f"--- document {number}: tokens {places[0]} to {places[-1]} ---")
+        sys.stdout.write(tokenizer.decode(tokens[places]) + "\n")
