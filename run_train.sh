@@ -105,9 +105,12 @@ if [[ -n "${NODE_RANK:-}" ]] && ((NNODES > 1)); then
 else
   rendezvous=(--rdzv-backend=c10d)
 fi
-# torchrun fills in the number, of the whole run; its own choice is the number on the node
-export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-[rank\${rank}]:}"
+# shellcheck disable=SC2016 # torchrun fills in the number of the process in the whole run; its own choice is the one on the node
+prefix='[rank${rank}]:'
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-$prefix}"
+logs="$(mktemp -d "${TMPDIR:-/tmp}/titanarch-logs-XXXXXX")"
+say "shown: local process $LOG_RANK of $NGPU; the output of all is kept in $logs"
 exec "$PYTHON_BIN" -m torch.distributed.run \
   --nnodes="$NNODES" --nproc-per-node="$NGPU" "${rendezvous[@]}" --rdzv-endpoint="${RDZV_ENDPOINT:-localhost:0}" \
-  --tee 3 --local-ranks-filter="$LOG_RANK" \
+  --tee 3 --local-ranks-filter="$LOG_RANK" --log-dir="$logs" \
   -m titanarch train "$@"

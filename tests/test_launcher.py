@@ -69,7 +69,8 @@ class Clone:
 
     def environment(self, **variables: str) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        return inherited | {"CUDA_VISIBLE_DEVICES": "", "RECORD": str(self.record)} | self.variables | variables
+        fixed = {"CUDA_VISIBLE_DEVICES": "", "RECORD": str(self.record)}
+        return inherited | fixed | self.variables | variables
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -98,7 +99,8 @@ class Clone:
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Clone:
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the launcher keeps its logs
     root = tmp_path / "a clone"  # with a space, as in many a home folder
     for name in LAUNCHER_FILES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,11 +261,14 @@ def test_several_processes_are_checked_then_launched(clone: Clone) -> None:
     assert result.returncode == 0
     assert result.stdout == ""  # results only
     cores = len(os.sched_getaffinity(0))
-    assert clone.calls()[2:] == [
-        "WORLD_SIZE=2 titanarch config check --config a.toml --training.steps=3",
+    check, launch = clone.calls()[2:]
+    assert check == "WORLD_SIZE=2 titanarch config check --config a.toml --training.steps=3"
+    logs = result.stderr.rsplit(" is kept in ", 1)[1].strip()
+    assert launch == (
         f"RANK= OMP_NUM_THREADS={max(1, cores // 2)} torch.distributed.run --nnodes=1 --nproc-per-node=2 --rdzv-backend=c10d "
-        "--rdzv-endpoint=localhost:0 --tee 3 --local-ranks-filter=0,1 -m titanarch train --config a.toml --training.steps=3",
-    ]
+        "--rdzv-endpoint=localhost:0 --tee 3 --local-ranks-filter=0,1 "
+        f"--log-dir={logs} -m titanarch train --config a.toml --training.steps=3"
+    )
 
 
 def test_a_wrong_configuration_is_not_launched(clone: Clone) -> None:
@@ -366,6 +371,9 @@ def test_a_failing_process_fails_the_launch(real: Clone) -> None:
     result = real.run("--config", "a.toml", FAILING_RANK="1")
     assert result.returncode == 1
     assert "exitcode  : 3" in result.stderr
+    assert "rank 1" not in result.stdout
+    logs = Path(result.stderr.split(" is kept in ", 1)[1].split("\n", 1)[0])
+    assert [path.read_text() for path in logs.rglob("1/stdout.log")] == ["rank 1 of 2 --config a.toml\n"]
 
 
 def free_port() -> int:
@@ -383,10 +391,10 @@ def test_two_nodes_keep_their_order(real: Clone) -> None:
     assert output == ["[rank2]:rank 2 of 4 --config a.toml\n", "[rank0]:rank 0 of 4 --config a.toml\n"]
 
 
-def titanarch(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The launcher of this repository, with the interpreter of the tests."""
-    clone = Clone(REPOSITORY, {"TITANARCH_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
-    return clone.run(*arguments, **variables)
+def titanarch(folder: Path, *arguments: str, processes: str) -> subprocess.CompletedProcess[str]:
+    """The launcher of this repository, with the interpreter of the tests; torchrun's logs go to ``folder``."""
+    variables = {"TITANARCH_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    return Clone(REPOSITORY, variables).run(*arguments, NGPU=processes)
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -395,15 +403,17 @@ def test_a_wrong_key_ends_before_the_launch(tmp_path: Path, processes: str) -> N
     file.write_text(
         f'extends = "{REPOSITORY}/train_configs/debug.toml"\n[job]\ndump_folder = "{tmp_path}/run"\n[training]\nlearning_rte = 1\n'
     )
-    result = titanarch("--config", str(file), NGPU=processes)
+    result = titanarch(tmp_path, "--config", str(file), processes=processes)
     assert result.returncode == 2
     assert f"{file}:5: [training] learning_rte: unknown key" in result.stderr
-    assert "rank" not in result.stderr
+    assert "shown: local process" not in result.stderr  # what the launcher says before torchrun
     assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train(tmp_path: Path) -> None:
-    result = titanarch("--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", "--training.steps", "2", NGPU="2")
+    result = titanarch(
+        tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", "--training.steps", "2", processes="2"
+    )
     assert result.returncode == 0, result.stderr
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) >= 1
     assert (tmp_path / "run/result.json").is_file()
@@ -412,6 +422,6 @@ def test_two_processes_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_failing_run_has_a_status(tmp_path: Path, processes: str) -> None:
     (tmp_path / "run").write_text("a file where the folder of the run should be")
-    result = titanarch("--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", NGPU=processes)
+    result = titanarch(tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", processes=processes)
     assert result.returncode != 0
     assert str(tmp_path / "run") in result.stderr

@@ -77,8 +77,8 @@ def state_of(net: Net, optimizers: list[Optimizer]) -> dict[str, ModelState | Op
     return {"model": ModelState(net), "optimizer": OptimizerState(net, optimizers)}
 
 
-def checkpointer(folder: Path | str, **options: object) -> Checkpointer:
-    return Checkpointer(CheckpointConfig.model_validate({"interval": 1, **options}), folder)
+def checkpointer(run_folder: Path | str, **options: object) -> Checkpointer:
+    return Checkpointer(CheckpointConfig.model_validate({"interval": 1, **options}), run_folder)
 
 
 def tensors(net: Net, optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -108,5 +108,5 @@ def test_a_path_without_a_sound_checkpoint_is_refused(tmp_path: Path, saved: tup
     copy.mkdir()
     for name in (MARKER, ".metadata"):
         (copy / name).write_bytes((saved[0] / "step-00000002" / name).read_bytes())
-    with pytest.raises(ConfigError, match="is damaged: the file __0_0.distcp is missing"):
+    with pytest.raises(ConfigError, match=r"is damaged: the file __0_0.distcp is missing"):
         start(tmp_path, copy)

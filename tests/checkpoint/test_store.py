@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def filled(value: float, size: int = 1000) -> dict[str, Any]:
     """A state whose every number is ``value``."""
-    return {"model": {"w": torch.full((size,), value), "b": torch.full((3, 5), value)}, "data": {"step": value}}
+    return {"model": {"w": torch.full((size,), float(value)), "b": torch.full((3, 5), float(value))}, "data": {"step": value}}
 
 
 def save_steps(folder: Path, steps: list[int], **options: object) -> None:
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path: Path, damage: str, ca
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     save_steps(tmp_path, [1])
     cut(tmp_path / "checkpoints/step-00000001/__0_0.distcp")
-    with pytest.raises(CheckpointError, match="no checkpoint can be used: .*step-00000001.*Restore one, or remove"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used: .*step-00000001.*Restore one, or remove"):
         load(tmp_path / "checkpoints", filled(0))
 
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, mode: str, after_
     saver.save(1, filled(1), config_text="", force_sync=True)
     with (
         full_disk(monkeypatch, after_bytes=after_bytes),
-        pytest.raises(CheckpointError, match="step-00000002: the disk is full.*Free space"),
+        pytest.raises(CheckpointError, match=r"step-00000002: the disk is full.*Free space"),
     ):
         saver.save(2, filled(2), config_text="")
         saver.wait()
@@ -332,7 +332,7 @@ def test_pickled_objects_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr("titanarch.checkpoint.store.stage", lambda tensors, shared: tensors)
         save_steps(tmp_path, [1])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="'model.w' is no tensor in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"'model\.w' is no tensor in the checkpoint"):
         load(tmp_path / "checkpoints", filled(0))
     assert not Path("executed").exists()
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.models.materialize import materialized, n_parameters
 from titanarch.contract.norm import NORMS, Norm
+from titanarch.models import norms
 
 KINDS = ["none", "layernorm", "rmsnorm", {"kind": "layernorm", "bias": False}, {"kind": "rmsnorm", "gain": False}]
 
@@ -27,6 +28,7 @@ def randomized(module: Norm) -> Norm:
 
 
 def test_all_kinds_are_registered() -> None:
+    assert norms.RMSNormConfig.kind == "rmsnorm"
     assert set(NORMS) == {"layernorm", "rmsnorm", "none"}
 
 
@@ -73,7 +75,9 @@ def test_statistics_of_low_precision_are_fp32(kind: str, parameters: torch.dtype
     assert ((out.double() - exact).abs() / exact.abs().clamp(min=0.5)).max() < 2**-7
 
 
-@pytest.mark.parametrize("table", [{"kind": "rmsnorm", "eps": 0.0}, {"kind": "layernorm", "gain": True}, "batchnorm"], ids=str)
-def test_wrong_tables_are_refused(table: str | dict[str, object]) -> None:
-    with pytest.raises(ValidationError if isinstance(table, dict) else Exception, match=r"eps|gain|unknown norm 'batchnorm'"):
+@pytest.mark.parametrize(
+    "table", [{"kind": "rmsnorm", "eps": 0.0}, {"kind": "layernorm", "gain": True}, {"kind": "none", "eps": 1e-5}], ids=str
+)
+def test_wrong_tables_are_refused(table: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
         NORMS.resolve(table)

@@ -94,7 +94,7 @@ def test_partial_is_gpt_neox() -> None:
 def test_interleaved_is_rotary_embedding_torch(fraction: float) -> None:
     reference = RotaryEmbedding(dim=int(64 * fraction))
     q, k, _ = heads()
-    expected = [reference.rotate_queries_or_keys(x, seq_dim=1) for x in (q, k)]
+    expected = [reference.rotate_queries_or_keys(x, seq_dim=-3) for x in (q, k)]
     got = build(layout="interleaved", fraction=fraction).rotate(q, k, torch.arange(6).expand(2, 6))
     for ours, want in zip(got, expected, strict=True):
         assert (ours - want).abs().max() < 1e-6

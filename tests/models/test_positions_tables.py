@@ -1,6 +1,7 @@
 """Distance biases against Bloom, MPT, T5, x-transformers and written-out formulas."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,11 +77,10 @@ def test_alibi(n_heads: int) -> None:
     table = bias(build("alibi", n_heads), 40, bidirectional=True)
     reference = AlibiPositionalBias(n_heads)(40, 40)
     assert (gathered(table, 40) - reference).abs().max() < 1e-6
-    # Bloom biases keys by slope * position and MPT by slope * (position - last): a constant a row away.
-    last_query = gathered(table, 40)[:, -1]
+    # Bloom biases keys by slope * position, MPT by slope * (position - last): a constant a row away from ours.
     bloom = build_alibi_tensor(torch.ones(1, 40), n_heads, torch.float32)[:, 0]
-    assert (last_query - (bloom - bloom[:, -1:])).abs().max() < 1e-6
-    assert (last_query - build_mpt_alibi_tensor(n_heads, 40)[:, 0]).abs().max() < 1e-6
+    torch.testing.assert_close(bias(build("alibi", n_heads), 40), -bloom, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gathered(table, 40)[:, -1], build_mpt_alibi_tensor(n_heads, 40)[:, 0], rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize(("kind", "log"), [("linear_cpb", False), ("log_cpb", True)])
@@ -91,11 +91,10 @@ def test_cpb_is_the_dynamic_position_bias(kind: str, log: bool, depth: int) -> N
     for stage in reference.mlp[:-1]:
         stage[-1] = nn.ReLU()
     reference.load_state_dict(dict(zip(reference.state_dict(), module.state_dict().values(), strict=True)))
-    # Its positions are made in fp32; that is exact for distances and right to 1e-7 for their logarithms.
-    forward_of_pos = reference.mlp
+    # Called as it is, it makes its inputs in fp32: its layers are walked in fp64, then the whole is called in fp32.
     distance = torch.arange(-19.0, 20.0, dtype=torch.float64)
     x = (distance.sign() * (distance.abs() + 1).log() if log else distance)[:, None]
-    for layer in forward_of_pos:
+    for layer in reference.mlp:
         x = layer(x)
     assert (bias(module, 20, bidirectional=True) - x.t()).abs().max() < 1e-10
     as_called = reference.float()(20, 20)
@@ -183,7 +182,7 @@ def test_t5_gradient_counts_the_distances_of_a_bucket() -> None:
     gradient = module.get_parameter("table_HS").grad
     assert gradient is not None
     starts = [*bucket_starts(32, 128), 500]
-    assert gradient[0].tolist() == [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert gradient[0].tolist() == [b - a for a, b in pairwise(starts)]
 
 
 def test_t5_table_starts_as_in_t5() -> None:

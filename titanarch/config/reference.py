@@ -38,10 +38,10 @@ _BOUNDS: Final = {
     "exclusiveMaximum": "< {:g}",
     "maximum": "<= {:g}",
     "multipleOf": "a multiple of {:g}",
-    "minItems": "at least {} items",
-    "maxItems": "at most {} items",
-    "minLength": "at least {} characters",
-    "maxLength": "at most {} characters",
+    "minItems": "length >= {}",
+    "maxItems": "length <= {}",
+    "minLength": "length >= {}",
+    "maxLength": "length <= {}",
     "pattern": "matching `{}`",
 }
 
@@ -130,18 +130,13 @@ def _type(schema: Mapping[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_type(option) for option in schema["anyOf"] if option != {"type": "null"}))
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{toml_value(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    if "prefixItems" in schema:
+        return f"array of {len(schema['prefixItems'])}: {', '.join(map(_type, schema['prefixItems']))}"
     if schema.get("type") == "array":
-        words = _array(schema)
+        words = f"array of: {_type(schema.get('items', {}))}"
     elif isinstance(schema.get("additionalProperties"), Mapping):
         words = f"table: name to {_type(schema['additionalProperties'])}"
     else:
         words = _TYPES.get(schema.get("type", ""), "any value") if "$ref" not in schema else "table"
     bounds = [bound.format(schema[key]) for key, bound in _BOUNDS.items() if key in schema]
-    return " ".join([words, ", ".join(bounds)]).strip()
-
-
-def _array(schema: Mapping[str, Any]) -> str:
-    fixed = schema.get("prefixItems")
-    if fixed:
-        return f"array of {len(fixed)}: {', '.join(map(_type, fixed))}"
-    return f"array of: {_type(schema.get('items', {}))}"
+    return words + "".join(f"{' ' if bound[0] in '<>' else ', '}{bound}" for bound in bounds)

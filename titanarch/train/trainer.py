@@ -100,6 +100,12 @@ class Trainer:
             stack.callback(self.loader.close)
             first_step = self._resume()
             self.budget.start(self.progress.step, self.progress.tokens)
+            finished = self.folder.read_result() if self.budget.done else None
+            if finished is not None:
+                self.log.event(f"the run in {self.folder.path} has finished, at step {first_step}: there is nothing left to train")
+                return finished
+            if self.processes.is_main:
+                self.folder.set_aside_result()
             self.meter.start(self.budget.fraction)
             profiler = stack.enter_context(
                 Profiler(
@@ -202,7 +208,6 @@ class Trainer:
         step = self.progress.step
         if self.processes.is_main:
             trimmed = self.folder.resume_at(step)
-            self.folder.set_aside_result()
             context = SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config))
             self.log.open(context)
             if loaded:

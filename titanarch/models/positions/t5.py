@@ -7,6 +7,7 @@ does not scale its logits: set the mixer's ``scale`` to 1 for that.
 Shapes: H heads, N distances, S buckets of one direction.
 """
 
+from bisect import bisect_left
 from typing import Annotated
 
 import torch
@@ -28,13 +29,12 @@ def bucket_starts(n_buckets: int, max_distance: int) -> list[int]:
     """
     exact = n_buckets // 2
     large = n_buckets - exact
-    starts = list(range(exact + 1))
-    for k in range(1, large):
-        distance = starts[-1]
-        while distance**large * exact**k < max_distance**k * exact**large:
-            distance += 1
-        starts.append(distance)
-    return starts
+
+    def reached(k: int) -> int:
+        edge = max_distance**k * exact**large
+        return bisect_left(range(max_distance), True, key=lambda d: d**large * exact**k >= edge)
+
+    return [*range(exact), *(reached(k) for k in range(large))]
 
 
 def spread(table_HS: Tensor, starts: list[int], n_distances: int) -> Tensor:
@@ -84,6 +84,8 @@ class T5Bias(RelativePosition):
         self.config = config
         self.shared_name = f"t5_table/{shape.layers[layer]}"
         self.std = shape.d_model**-0.5
+        self.starts = bucket_starts(config.n_buckets, config.max_distance)
+        self.half_starts = bucket_starts(config.n_buckets // 2, config.max_distance)
         self.table_HS = (
             nn.Parameter(torch.empty(n_heads, config.n_buckets, dtype=torch.float32)) if config.owns_table(shape, layer) else None
         )
@@ -108,10 +110,8 @@ class T5Bias(RelativePosition):
         return bias_HN, carry.with_value(self.shared_name, bias_HN) if self.config.shared else carry
 
     def _bias(self, table_HS: Tensor, n_distances: int, bidirectional: bool) -> Tensor:
-        n_buckets, max_distance = self.config.n_buckets, self.config.max_distance
         if not bidirectional:
-            return spread(table_HS, bucket_starts(n_buckets, max_distance), n_distances)
+            return spread(table_HS, self.starts, n_distances)
         before, after = table_HS.chunk(2, dim=1)
-        starts = bucket_starts(n_buckets // 2, max_distance)
-        keys_after = spread(after, starts, n_distances)[:, 1:].flip(1)
-        return torch.cat((keys_after, spread(before, starts, n_distances)), dim=1)
+        keys_after = spread(after, self.half_starts, n_distances)[:, 1:].flip(1)
+        return torch.cat((keys_after, spread(before, self.half_starts, n_distances)), dim=1)
