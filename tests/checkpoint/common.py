@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from titanarch.checkpoint.config import CheckpointConfig
 from titanarch.checkpoint.store import Checkpointer
@@ -42,8 +42,11 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.second(self.norm(self.first(x)))) * self.scale[0])
 
 
-def build(seed: int, *, width: int = WIDTH) -> tuple[Net, list[Optimizer]]:
-    """A sharded net, and AdamW and Muon for its vectors and matrices."""
+def build(seed: int, *, width: int = WIDTH, muon: bool = True) -> tuple[Net, list[Optimizer]]:
+    """A sharded net, and two optimizers: AdamW for its vectors, and Muon or SGD for its matrices.
+
+    Muon's bf16 iteration turns a gradient's last bit into 1e-3 of its step, so losses agree tightly only without it.
+    """
     torch.manual_seed(seed)
     net = Net(width)
     for child in (net.first, net.second, net.head):
@@ -51,7 +54,8 @@ def build(seed: int, *, width: int = WIDTH) -> tuple[Net, list[Optimizer]]:
     fully_shard(net)
     matrices = [net.first.weight, net.second.weight]
     others = [p for p in net.parameters() if all(p is not m for m in matrices)]
-    return net, [AdamW(others, lr=1e-2, weight_decay=0.1), Muon(matrices, lr=2e-2, weight_decay=0.1)]
+    second = Muon(matrices, lr=2e-2, weight_decay=0.1) if muon else SGD(matrices, lr=2e-2, momentum=0.9)
+    return net, [AdamW(others, lr=1e-2, weight_decay=0.1), second]
 
 
 def train(net: Net, optimizers: list[Optimizer], *, start: int, steps: int) -> list[float]:

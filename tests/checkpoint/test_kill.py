@@ -109,10 +109,11 @@ def assert_loads(folder: Path, at_least: int) -> int:
 
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_killed_at(tmp_path: Path, instant: str) -> None:
-    process = CONTEXT.Process(target=save_until_killed, args=(tmp_path, instant, CONTEXT.Value("i", 0)))
+    saved = CONTEXT.Value("i", 0)
+    process = CONTEXT.Process(target=save_until_killed, args=(tmp_path, instant, saved))
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL, "the process did not die where it should"
+    assert (process.exitcode, saved.value) == (-signal.SIGKILL, 2), "the process did not die where it should"
     assert assert_loads(tmp_path, 1) == INSTANTS[instant][1]
 
     saver = checkpointer(tmp_path, keep_latest_k=2)  # the run goes on, and cleans up after itself

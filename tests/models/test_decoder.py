@@ -170,7 +170,9 @@ def test_start_augmentation_draws_by_row_and_only_in_training() -> None:
     with torch.no_grad():
         assert torch.equal(model.logits(x, plain), decoder({"position": {"absolute": table["position"]["absolute"]}}).logits(x, plain))
         both = model.logits(x, drawn)
-        alone = model.logits(x[1:], replace(drawn, row_B=torch.tensor([9]), position_BT=plain.position_BT[1:], document_BT=plain.document_BT[1:]))
+        alone = model.logits(
+            x[1:], replace(drawn, row_B=torch.tensor([9]), position_BT=plain.position_BT[1:], document_BT=plain.document_BT[1:])
+        )
     assert not torch.allclose(both, model.logits(x, plain))
     torch.testing.assert_close(both[1:], alone)
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import titanarch.models.components  # noqa: F401 (registers the position schemes)
 from tests.distributed import run_distributed
 from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
 from titanarch.contract.init import Init, InitConfig, qualified_names
@@ -14,7 +15,6 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel
-import titanarch.models.components  # noqa: F401 (registers the position schemes)
 from titanarch.models.mixers.attention import Attention, AttentionConfig
 from titanarch.parallel.context_parallel import apply_context_parallel, shard_sequence
 from titanarch.parallel.tensor_parallel import apply_tensor_parallel

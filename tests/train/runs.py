@@ -89,7 +89,12 @@ def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) 
 def train_and_kill(config: Path, folder: Path, after_step: int, *overrides: str) -> None:
     """Train, and kill -9 once the row of ``after_step`` is written."""
     process = subprocess.Popen(
-        command(config, *overrides), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(config, *overrides),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

@@ -1,7 +1,7 @@
 """Registries: the components of one slot by name, and the configuration field that picks one."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -24,18 +24,12 @@ class ComponentConfig(Section):
         return {self.kind_key: self.kind, **serialize(self)}
 
 
-class Component(Protocol):
-    """What can be registered: a class that names the schema of its table."""
-
-    Config: ClassVar[type[ComponentConfig]]
-
-
-C = TypeVar("C", bound=Component)
-R = TypeVar("R", bound=Component)
+C = TypeVar("C")
+R = TypeVar("R")
 
 
 class Registry(Generic[R]):
-    """The components of one slot.
+    """The components of one slot: classes with the class attribute ``Config``, the schema of their table.
 
     Register with ``@ACTIVATIONS.register("relu")``. Use as the metadata of a configuration field,
     ``activation: Annotated[ActivationConfig, ACTIVATIONS]``: the field then takes ``"relu"`` or
@@ -54,11 +48,12 @@ class Registry(Generic[R]):
         def add(component: type[C]) -> type[C]:
             if name in self._components:
                 raise ValueError(f"{self.slot} '{name}' is registered already, by {self._components[name].__qualname__}")
-            if component.Config.kind:
-                raise ValueError(f"{component.Config.__qualname__} serves '{component.Config.kind}'; '{name}' needs a Config of its own")
-            component.Config.kind = name
-            component.Config.kind_key = self.key
-            self._components[name] = component  # type: ignore[assignment]
+            config = _config_of(component)
+            if config.kind:
+                raise ValueError(f"{config.__qualname__} serves '{config.kind}'; '{name}' needs a Config of its own")
+            config.kind = name
+            config.kind_key = self.key
+            self._components[name] = cast(type[R], component)
             return component
 
         return add
@@ -76,7 +71,7 @@ class Registry(Generic[R]):
         """The component that ``config`` configures."""
         return self._components[config.kind]
 
-    def resolve(self, value: Any) -> ComponentConfig:
+    def resolve(self, value: Any) -> Any:
         """A name, a table with ``kind``, or a Config made already, as the component's Config."""
         if isinstance(value, ComponentConfig):
             return value
@@ -86,7 +81,7 @@ class Registry(Generic[R]):
         kind = table[self.key]
         if kind not in self._components:
             raise PydanticCustomError("component", f"unknown {self.slot} '{kind}'{did_you_mean(kind, self)}")
-        return self._components[kind].Config.model_validate({k: v for k, v in table.items() if k != self.key})
+        return _config_of(self._components[kind]).model_validate({k: v for k, v in table.items() if k != self.key})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -97,3 +92,8 @@ class Registry(Generic[R]):
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """The slot by name; ``config.schema`` puts the schemas of its components in."""
         return {SLOT: self.slot}
+
+
+def _config_of(component: type[Any]) -> type[ComponentConfig]:
+    config: type[ComponentConfig] = component.Config
+    return config

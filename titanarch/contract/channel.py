@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,13 +31,13 @@ class ChannelMixer(nn.Module, ABC):
     """Children that stay fp32 in compute."""
 
     @abstractmethod
-    def __init__(self, config: ChannelConfig, shape: ModelShape, layer: int) -> None:
+    def __init__(self, config: Any, shape: ModelShape, layer: int) -> None:
         """Allocate parameters; ``layer`` counts blocks from 0."""
         super().__init__()
 
     @staticmethod
     @abstractmethod
-    def cost(config: ChannelConfig, shape: ModelShape) -> Cost:
+    def cost(config: Any, shape: ModelShape) -> Cost:
         """Parameters and forward FLOPs a token."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Activation(nn.Module, ABC):
 
     Config: ClassVar[type[ActivationConfig]]
 
-    def __init__(self, config: ActivationConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
 

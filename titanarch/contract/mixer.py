@@ -1,12 +1,13 @@
 """Sequence mixers: what moves information along the sequence.
 
+A ``config`` argument is Any in the interfaces, because each component annotates its own Config.
+
 Shapes: B rows, T tokens, D model dim, H query heads, V value dim a head.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class BaseMixer(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def cost(config: MixerConfig, shape: ModelShape, layer: int) -> Cost:
+    def cost(config: Any, shape: ModelShape, layer: int) -> Cost:
         """Parameters, forward FLOPs a token at ``shape.seq_len``, state bytes of block ``layer``'s mixer."""
 
     @abstractmethod
@@ -101,7 +102,7 @@ class SequenceMixer(BaseMixer):
     mix_step: Mix = staticmethod(mix_whole)
 
     @abstractmethod
-    def __init__(self, config: MixerConfig, shape: ModelShape, layer: int) -> None:
+    def __init__(self, config: Any, shape: ModelShape, layer: int) -> None:
         """Allocate parameters; ``layer`` counts blocks from 0."""
         super().__init__()
         self.config = config
@@ -110,7 +111,7 @@ class SequenceMixer(BaseMixer):
 
     @staticmethod
     @abstractmethod
-    def streams(config: MixerConfig, shape: ModelShape) -> Mapping[str, Stream]:
+    def streams(config: Any, shape: ModelShape) -> Mapping[str, Stream]:
         """The streams that ``project`` makes: side and global head count of each."""
 
     @abstractmethod
@@ -119,9 +120,7 @@ class SequenceMixer(BaseMixer):
 
     @staticmethod
     @abstractmethod
-    def mix(
-        config: MixerConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
-    ) -> MixResult:
+    def mix(config: Any, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None) -> MixResult:
         """Mix along the sequence: y [B, T, H, V]. Take head counts from shapes, never from ``config``."""
 
     @abstractmethod
@@ -169,7 +168,7 @@ class RecurrentMixer(SequenceMixer):
 
     @staticmethod
     @abstractmethod
-    def transition(config: MixerConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
+    def transition(config: Any, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
         """What this shard does to the state, in fp32, without the outputs."""
 
     @staticmethod
@@ -186,7 +185,7 @@ class LocalMixer(BaseMixer):
     """
 
     @abstractmethod
-    def __init__(self, config: MixerConfig, shape: ModelShape, layer: int) -> None:
+    def __init__(self, config: Any, shape: ModelShape, layer: int) -> None:
         """Allocate parameters; ``layer`` counts blocks from 0."""
         super().__init__()
 

@@ -48,13 +48,13 @@ class Model(nn.Module, ABC):
     """Whether each block is an FSDP unit, or the root alone (models that differentiate inside their forward)."""
 
     @abstractmethod
-    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int) -> None:
+    def __init__(self, config: Any, vocab_size: int, seq_len: int) -> None:
         """``vocab_size``: rows of the embedding. ``seq_len``: longest sequence trained on, tokens."""
         super().__init__()
 
     @staticmethod
     @abstractmethod
-    def cost(config: ModelConfig, vocab_size: int, seq_len: int) -> Cost:
+    def cost(config: Any, vocab_size: int, seq_len: int) -> Cost:
         """Exact parameter counts, and forward FLOPs a token at ``seq_len``."""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Norms over the model dimension."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,13 +19,13 @@ class Norm(nn.Module, ABC):
     Config: ClassVar[type[NormConfig]]
 
     @abstractmethod
-    def __init__(self, config: NormConfig, dim: int) -> None:
+    def __init__(self, config: Any, dim: int) -> None:
         """``dim``: size of the dimension normalized, channels."""
         super().__init__()
 
     @staticmethod
     @abstractmethod
-    def n_parameters(config: NormConfig, dim: int) -> int:
+    def n_parameters(config: Any, dim: int) -> int:
         """How many parameters it has."""
 
     @abstractmethod

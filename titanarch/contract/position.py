@@ -5,7 +5,7 @@ with any attention, packing and context parallelism. Shapes: B rows, T tokens, D
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,12 +26,12 @@ class AbsolutePosition(nn.Module, ABC):
     Config: ClassVar[type[AbsolutePositionConfig]]
 
     @abstractmethod
-    def __init__(self, config: AbsolutePositionConfig, shape: ModelShape) -> None:
+    def __init__(self, config: Any, shape: ModelShape) -> None:
         super().__init__()
 
     @staticmethod
     @abstractmethod
-    def cost(config: AbsolutePositionConfig, shape: ModelShape) -> Cost:
+    def cost(config: Any, shape: ModelShape) -> Cost:
         """Parameters; the sum costs nothing that is counted."""
 
     @abstractmethod
@@ -66,12 +66,12 @@ class RelativePosition(nn.Module, ABC):
     """Whether ``rotate`` changes queries and keys."""
 
     @abstractmethod
-    def __init__(self, config: RelativePositionConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:
+    def __init__(self, config: Any, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:
         super().__init__()
 
     @staticmethod
     @abstractmethod
-    def cost(config: RelativePositionConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> Cost:
+    def cost(config: Any, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> Cost:
         """Parameters and forward FLOPs a token."""
 
     @abstractmethod

@@ -59,7 +59,9 @@ class SequenceInfo:
         return shifted.masked_fill(outside, 0)
 
     @staticmethod
-    def whole(n_rows: int, length: int, *, seed: int | None = None, first_row: int = 0, device: torch.device | str = "cpu") -> "SequenceInfo":
+    def whole(
+        n_rows: int, length: int, *, seed: int | None = None, first_row: int = 0, device: torch.device | str = "cpu"
+    ) -> "SequenceInfo":
         """Rows of one document each, whole on this process: what generation and tests use."""
         index_T = torch.arange(length, device=device)
         return SequenceInfo(
@@ -86,5 +88,3 @@ class MixSequence:
     key: SequenceInfo
     first_head: int = 0
     site: int = 0
-
-

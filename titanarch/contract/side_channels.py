@@ -9,11 +9,11 @@ from torch import Tensor
 class Aux(NamedTuple):
     """An auxiliary quantity as a sum and a count, so that it can be averaged over processes and micro-batches.
 
-    ``total``, ``count``: scalars. ``weight``: its weight in the objective; 0 makes it a metric only.
+    ``total``, ``counted``: scalars. ``weight``: its weight in the objective; 0 makes it a metric only.
     """
 
     total: Tensor
-    count: Tensor
+    counted: Tensor
     weight: float
 
 
@@ -38,5 +38,5 @@ class Carry(NamedTuple):
         count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
         total = total.float()
         if name in self.aux:
-            total, count = total + self.aux[name].total, count + self.aux[name].count
+            total, count = total + self.aux[name].total, count + self.aux[name].counted
         return Carry(self.values, {**self.aux, name: Aux(total, count, weight)})

@@ -14,7 +14,7 @@ from titanarch.data.index_writer import VERSION, staged
 from titanarch.data.indexed import IndexedData
 from titanarch.data.prepare import prepare
 from titanarch.data.sources import Split, TokensConfig, TokensSource
-from titanarch.data.split import SplitSource, has_validation, no_validation
+from titanarch.data.split import SplitSource, has_validation, no_validation, open_source
 from titanarch.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     A text source is tokenized at the first call, by one process while the others of this machine wait, and found
     again as long as neither its files, the tokenizer nor the limit of documents have changed. Raises DataError.
     """
-    source_config = config.source_of(split)
-    if not isinstance(source_config, TokensConfig):
+    if not isinstance(config.source_of(split), TokensConfig):
         return _cached(SplitSource(config, split), tokenizer, config)
-    source = TokensSource(source_config)
+    source = open_source(config, split)
+    assert isinstance(source, TokensSource), "a TokensConfig is this class's"
     if split == "validation" and not has_validation(config):
         raise no_validation(config)
     folder = source.folder(split)

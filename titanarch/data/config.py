@@ -39,15 +39,15 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> "DataConfig":
         if self.validation is not None and self.validation_fraction > 0:
-            raise ValueError("give data.validation or data.validation_fraction, not both")
+            raise ValueError("give validation or validation_fraction, not both")
         if self.validation_fraction > 0 and SOURCES.of(self.source).splits_itself:
-            raise ValueError(f"data.validation_fraction: the source '{self.source.kind}' says itself what is validation; leave it out")
+            raise ValueError(f"validation_fraction: the source '{self.source.kind}' says itself what is validation; leave it out")
         if self.validation_fraction > 0 and isinstance(self.source, TokensConfig):
-            raise ValueError("data.validation_fraction: hold documents out when preparing the tokens (`titanarch data prepare`)")
+            raise ValueError("validation_fraction: hold documents out when preparing the tokens (`titanarch data prepare`)")
         if self.mode == "streamed" and isinstance(self.source, TokensConfig):
-            raise ValueError("data.mode: prepared tokens are read in indexed mode; 'streamed' is for text")
+            raise ValueError("mode: prepared tokens are read in indexed mode; 'streamed' is for text")
         if self.mode == "indexed" and self.streams:
-            raise ValueError('data.streams has a meaning in streamed mode alone; leave it out or set data.mode = "streamed"')
+            raise ValueError('streams has a meaning in streamed mode alone; leave it out or set mode = "streamed"')
         return self
 
     def source_of(self, split: Split) -> ComponentConfig:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import DataError, data_error
-from titanarch.data.sources import SOURCES, Document, Position, Split, TextSource, TokensConfig, TokensSource
+from titanarch.data.sources import SOURCES, Document, Position, Source, Split, TextSource, TokensConfig, TokensSource
 from titanarch.data.tokenizers import Tokenizer
 
 
@@ -25,7 +26,7 @@ class SplitSource:
     def __init__(self, config: DataConfig, split: Split) -> None:
         if split == "validation" and not has_validation(config):
             raise no_validation(config)
-        source = SOURCES.of(config.source_of(split))(config.source_of(split))
+        source = open_source(config, split)
         assert isinstance(source, TextSource), "prepared tokens are opened, not read as text"
         self.source = source
         self.split = split
@@ -65,6 +66,18 @@ class SplitSource:
         """What to raise when there turns out to be no document."""
         files = ", ".join(file.url for file in self.source.files[:3]) + (" ..." if len(self.source.files) > 3 else "")
         return data_error(f"the {self.split} split has no text in {files}", key="data.source")
+
+
+def open_source(config: DataConfig, split: Split) -> Source:
+    """The source that ``split`` is read from; an error names the section that configures it."""
+    source_config = config.source_of(split)
+    try:
+        return SOURCES.of(source_config)(source_config)
+    except DataError as error:
+        if source_config is config.source:
+            raise
+        problems = (replace(problem, key=problem.key.replace("data.source", "data.validation", 1)) for problem in error.problems)
+        raise DataError(*problems) from error
 
 
 def held_out(document_id: str, fraction: float) -> bool:

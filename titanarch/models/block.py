@@ -52,7 +52,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual = residual
         self.layer = layer
-        self.mixer = MIXERS.of(mixer)(mixer, shape, layer)  # type: ignore[call-arg]
+        self.mixer = MIXERS.of(mixer)(mixer, shape, layer)
         self.channel = None if channel.kind == "none" else CHANNELS.of(channel)(channel, shape, layer)
         self.norms = nn.ModuleDict({name: NORMS.of(norm)(norm, shape.d_model) for name in _norm_sites(residual, self.channel is not None)})
         self.mixer_dropout = Dropout(dropout, SITES_A_BLOCK * (layer + 1))

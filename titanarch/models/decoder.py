@@ -152,14 +152,20 @@ class Decoder(Model):
     def _check_augmentation(self, seq_len: int) -> None:
         longest, available = self.config.position.start_augmentation, self.max_length()
         if longest is not None and longest < seq_len:
-            raise ConfigError(f"[model.position] start_augmentation ({longest}) is below training.seq_len ({seq_len}); raise it or remove it")
+            raise ConfigError(
+                f"[model.position] start_augmentation ({longest}) is below training.seq_len ({seq_len}); raise it or remove it"
+            )
         if available is not None and (longest or seq_len) > available:
-            raise ConfigError(f"[model.position] positions up to {longest or seq_len} are trained on, but the table has {available}; raise max_length")
+            raise ConfigError(
+                f"[model.position] positions up to {longest or seq_len} are trained on, but the table has {available}; raise max_length"
+            )
 
     def _embed(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
         available = self.max_length()
         if available is not None and seq.length > available:
-            raise ConfigError(f"a sequence of {seq.length} tokens is longer than the position table's {available} rows; shorten it or use another scheme")
+            raise ConfigError(
+                f"a sequence of {seq.length} tokens is longer than the position table's {available} rows; shorten it or use another scheme"
+            )
         x_BTD = self.embedding(tokens_BT)
         if self.config.scale_embedding:
             x_BTD = x_BTD * math.sqrt(self.shape.d_model)
@@ -185,6 +191,7 @@ class Decoder(Model):
         return self.embedding.weight, self.head_bias_V if self.config.head_bias else None
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
-        logits = F.linear(x_BTD, *self._head()).float()
+        logits = F.linear(x_BTD, *self._head())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.head_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)

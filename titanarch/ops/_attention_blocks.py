@@ -125,6 +125,4 @@ class Gradients:
     def zeros(a: Inputs) -> "Gradients":
         new = a.bias_HM.new_zeros
         n_sinks = 0 if a.sinks_H is None else a.sinks_H.shape[0]
-        return Gradients(
-            torch.zeros_like(a.q_BTHK), new(a.k_BSGK.shape), new(a.v_BSGV.shape), new(a.bias_HM.shape), new(n_sinks)
-        )
+        return Gradients(torch.zeros_like(a.q_BTHK), new(a.k_BSGK.shape), new(a.v_BSGV.shape), new(a.bias_HM.shape), new(n_sinks))

@@ -144,9 +144,7 @@ def with_sinks(y_BTHV: Tensor, lse_BTH: Tensor, sinks_H: Tensor | None) -> tuple
     return y_BTHV.mul_((lse_BTH - total_BTH).exp_()[..., None]), total_BTH
 
 
-def backward(
-    a: Inputs, y_BTHV: Tensor, lse_BTH: Tensor, dy_BTHV: Tensor, dlse_BTH: Tensor | None, need_bias: bool
-) -> Gradients:
+def backward(a: Inputs, y_BTHV: Tensor, lse_BTH: Tensor, dy_BTHV: Tensor, dlse_BTH: Tensor | None, need_bias: bool) -> Gradients:
     """Gradients of everything that has one; the bias' stays zero unless ``need_bias``."""
     grads = Gradients.zeros(a)
     delta_BTH = (dy_BTHV.to(a.dtype) * y_BTHV.to(a.dtype)).sum(-1)

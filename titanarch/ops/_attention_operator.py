@@ -92,4 +92,36 @@ def _(
     q_BTHK, k_BSGK, v_BSGV, bias_HM = inputs[:4]
     sinks_H = inputs[12]
     sinks = bias_HM.new_empty(0 if sinks_H is None else sinks_H.shape[0])
-    return torch.empty_like(q_BTHK), *(k_BSGK.new_empty(k_BSGK.shape), v_BSGV.new_empty(v_BSGV.shape)), torch.empty_like(bias_HM), sinks
+    k, v = k_BSGK.new_empty(k_BSGK.shape), v_BSGV.new_empty(v_BSGV.shape)
+    return q_BTHK.new_empty(q_BTHK.shape), k, v, bias_HM.new_empty(bias_HM.shape), sinks
+
+
+_TENSORS = (0, 1, 2, 3, 8, 9, 10, 11, 12, 13)
+"""Which of the operator's inputs are tensors or None."""
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # an unused lse costs nothing
+    ctx.save_for_backward(*(inputs[i] for i in _TENSORS), *output)
+    ctx.plain = tuple(None if i in _TENSORS else value for i, value in enumerate(inputs))
+
+
+def _backward(ctx: Any, dy_BTHV: Tensor | None, dlse_BTH: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, y_BTHV, lse_BTH = ctx.saved_tensors
+    inputs = list(ctx.plain)
+    for i, tensor in zip(_TENSORS, tensors, strict=True):
+        inputs[i] = tensor
+    if dy_BTHV is None:
+        dy_BTHV = torch.zeros_like(y_BTHV)
+    needs = ctx.needs_input_grad
+    q, k, v, bias, sinks = biased_attention_backward_operator(dy_BTHV, dlse_BTH, y_BTHV, lse_BTH, needs[3], *inputs)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    grads[0], grads[1], grads[2] = q, k, v
+    if needs[3]:
+        grads[3] = bias
+    if inputs[12] is not None:
+        grads[12] = sinks.to(inputs[12].dtype)
+    return tuple(grads)
+
+
+biased_attention_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -104,17 +104,13 @@ def _channel_words(n_channels: int, first_channel: int, device: torch.device) ->
     return column_words(torch.arange(first_channel, first_channel + n_channels, device=device))
 
 
-def keep_mask(
-    p: float, *, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0
-) -> Tensor:
+def keep_mask(p: float, *, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
     """bool [B, T, C]: which elements dropout keeps. ``first_channel`` is the global number of the first of the C channels."""
     key_BT = token_keys(seed, row_B, index_T, site)
     return keep_from_bits(random_bits(key_BT, _channel_words(n_channels, first_channel, key_BT.device)), p)
 
 
-def dropout(
-    x_BTD: Tensor, p: float, *, seed: int, row_B: Tensor, index_T: Tensor, site: int, first_channel: int = 0
-) -> Tensor:
+def dropout(x_BTD: Tensor, p: float, *, seed: int, row_B: Tensor, index_T: Tensor, site: int, first_channel: int = 0) -> Tensor:
     """``x * keep / (1 - p)``, as :func:`torch.nn.functional.dropout` but keyed. Shape and dtype of x.
 
     ``x_BTD`` is [B, T, ...]; its further dims are numbered as one. The bool mask is kept for the backward: a byte an
@@ -134,9 +130,7 @@ def uniform_integers(seed: int, row_B: Tensor, site: int, high: int) -> Tensor:
     return (((row_keys(seed, row_B, site) >> 32) & _LOW_HALF) * high) >> 32
 
 
-def normal(
-    *, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0
-) -> Tensor:
+def normal(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
     """float32 [B, T, C], standard normal by Box and Muller: ``sqrt(-2 ln u) cos(2 pi v)``, |x| < 5.9.
 
     The integers behind it are the same on every device; log and cos may differ in the last bit.

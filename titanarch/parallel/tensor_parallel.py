@@ -55,13 +55,15 @@ def apply_tensor_parallel(mixer: SequenceMixer, mesh: DeviceMesh) -> None:
         if _declared(mixer, name) != Split.SHARED:
             raise ValueError(f"{type(mixer).__qualname__}.{name}: a parameter outside HeadParams can only be SHARED")
         _distribute(mixer, name, mesh, None)
-    mixer.mix_step = TensorParallelMix(group, n_query_heads, mixer.mix_step)  # type: ignore[method-assign, assignment]
+    mixer.mix_step = TensorParallelMix(group, n_query_heads, mixer.mix_step)
     mixer.register_forward_pre_hook(lambda _, args: (sum_gradients(args[0], group), *args[1:]))
 
 
 def _declared(mixer: SequenceMixer, name: str) -> Split:
     if name not in mixer.tensor_parallel:
-        raise ValueError(f"{type(mixer).__qualname__}.tensor_parallel does not declare '{name}'; say COLUMN, ROW, PER_HEAD, SHARED or REPLICATED")
+        raise ValueError(
+            f"{type(mixer).__qualname__}.tensor_parallel does not declare '{name}'; say COLUMN, ROW, PER_HEAD, SHARED or REPLICATED"
+        )
     return mixer.tensor_parallel[name]
 
 

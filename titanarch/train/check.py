@@ -46,7 +46,9 @@ def vocabulary(config: RunConfig, tokenizer_size: int) -> int:
     """Rows of the embedding; a ConfigError where the model's are fewer than the tokenizer's tokens."""
     wanted = getattr(config.model, "vocab_size", None) or tokenizer_size
     if wanted < tokenizer_size:
-        raise ConfigError(Problem(f"{wanted} rows are fewer than the tokenizer's {tokenizer_size} tokens; raise it or remove it", "model.vocab_size"))
+        raise ConfigError(
+            Problem(f"{wanted} rows are fewer than the tokenizer's {tokenizer_size} tokens; raise it or remove it", "model.vocab_size")
+        )
     return int(wanted)
 
 
@@ -70,13 +72,20 @@ def _check_model(config: RunConfig) -> None:
     if longest is not None:
         validated = {"training.seq_len": config.training.seq_len}
         problems += [
-            Problem(f"{n} tokens are more than the {longest} positions of the model's table; shorten it, or raise the table's max_length", key)
+            Problem(
+                f"{n} tokens are more than the {longest} positions of the model's table; shorten it, or raise the table's max_length", key
+            )
             for key, n in validated.items()
             if n > longest
         ]
     refused = {type(m).__qualname__ for m in model.modules() if isinstance(m, BaseMixer) and not m.accepts_packed_rows}
-    problems += [Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers") for name in refused]
+    problems += [
+        Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers")
+        for name in refused
+    ]
     if config.activation_checkpoint.mode != "none" and model.fsdp_units == "root":
-        problems.append(Problem("this model differentiates inside its forward, which recomputation breaks; use 'none'", "activation_checkpoint.mode"))
+        problems.append(
+            Problem("this model differentiates inside its forward, which recomputation breaks; use 'none'", "activation_checkpoint.mode")
+        )
     if problems:
         raise ConfigError(*problems)

@@ -1,11 +1,18 @@
 """What a checkpoint holds of a run beside its weights and optimizer."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.data.loader import RowLoader
 from titanarch.train.budget import Budget
 from titanarch.train.gradients import LossScaler, NonFiniteGuard
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 class Progress:
@@ -14,7 +21,7 @@ class Progress:
     def __init__(self, *, budget: Budget, scaler: LossScaler, guard: NonFiniteGuard) -> None:
         self.step = 0
         self.tokens = 0
-        self._parts = {"budget": budget, "scaler": scaler, "guard": guard}
+        self._parts: dict[str, _Stateful] = {"budget": budget, "scaler": scaler, "guard": guard}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, **{name: part.state_dict() for name, part in self._parts.items()}}

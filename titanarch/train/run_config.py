@@ -44,8 +44,10 @@ class TrainingConfig(Section):
     mixed_precision_param: DType | Literal["auto"] = Field(
         "auto", description="dtype of compute; auto: bfloat16 on a GPU or CPU that multiplies matrices in it, else float32"
     )
-    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field("float32", description="dtype in which gradients are summed over processes")
-    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the squared log-partition in the loss (1e-4 is common)")
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype in which gradients are summed over processes"
+    )
+    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="factor of the squared log-partition in the loss; 1e-4 is common")
     on_nonfinite: OnNonFinite = Field("stop", description="a step whose loss or gradient is not finite: stop the run, or skip the step")
     gc_freq: PositiveInt = Field(50, description="steps between garbage collections, on all processes at once", json_schema_extra=FREE)
 

@@ -89,5 +89,3 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1) -> OpenRun:
 def checkpoint_location(folder: Path, config: CheckpointConfig) -> str:
     """Where the checkpoints of the run in ``folder`` lie."""
     return config.folder if "://" in config.folder else str(folder / config.folder)
-
-

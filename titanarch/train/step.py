@@ -97,13 +97,11 @@ class TrainStep:
         for aux in objective.aux.values():
             if aux.weight:
                 # Each micro-batch of each process counts alike: its own mean, divided by how many there are.
-                loss = loss + aux.weight * aux.total / aux.count / (n_batches * self.processes.world_size)
+                loss = loss + aux.weight * aux.total / aux.counted / (n_batches * self.processes.world_size)
         return loss
 
     def _metric_parts(self, objective: Objective, n_targets: Tensor, n_batches: int) -> dict[str, Tensor]:
-        parts = {
-            name: (aux.total / aux.count).detach() / (n_batches * self.processes.world_size) for name, aux in objective.aux.items()
-        }
+        parts = {name: (aux.total / aux.counted).detach() / (n_batches * self.processes.world_size) for name, aux in objective.aux.items()}
         if self.z_weight:
             parts["z_loss"] = self.z_weight * objective.z_sum / n_targets
         return parts

@@ -11,6 +11,7 @@ from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomS
 from titanarch.config.dump import dump_toml, to_table
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.loader import build_loader
+from titanarch.data.sources import Split
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.evaluation import evaluate
 from titanarch.evaluate.validation import validation_loss
@@ -171,7 +172,10 @@ class Trainer:
 
     def _validation_sets(self) -> dict[str, FixedBatches]:
         validation = self.config.validation
-        wanted = {"validation_loss": ("validation", validation.rows), "train_subset_loss": ("train", validation.train_rows)}
+        wanted: dict[str, tuple[Split, int]] = {
+            "validation_loss": ("validation", validation.rows),
+            "train_subset_loss": ("train", validation.train_rows),
+        }
         return {
             name: fixed_batches(
                 self.config.data,

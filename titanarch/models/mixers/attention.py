@@ -60,7 +60,9 @@ class AttentionConfig(MixerConfig):
     def channels_per_head(self, d_model: int) -> int:
         """Head size, channels; a ValueError where the model's width does not give one."""
         if self.n_heads % self.kv_heads():
-            raise ValueError(f"attention: n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.kv_heads()}); use a divisor of n_heads")
+            raise ValueError(
+                f"attention: n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.kv_heads()}); use a divisor of n_heads"
+            )
         if self.head_dim is not None:
             return self.head_dim
         if d_model % self.n_heads:
@@ -174,7 +176,9 @@ class Attention(SequenceMixer):
             return v_BTGK, carry.with_value("first_values", v_BTGK)
         first = carry.values.get("first_values")
         if first is None or first.shape != v_BTGK.shape:
-            raise ConfigError("attention: value_residual needs attention with the same n_kv_heads and head_dim, and value_residual on, in block 0")
+            raise ConfigError(
+                "attention: value_residual needs attention with the same n_kv_heads and head_dim, and value_residual on, in block 0"
+            )
         share = torch.sigmoid(self.wl(x_BTD)).unsqueeze(-1) if self.config.value_residual == "learned" else 0.5
         return first + share * (v_BTGK - first), carry
 

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, D model dim.
 """
 
 import importlib
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -62,17 +63,18 @@ class External(LocalMixer):
         """
         for prefix, module in self.wrapped.named_modules():
             for name, _ in module.named_parameters(recurse=False):
-                qualified = f"{prefix}.{name}" if prefix else name
-                init.fill(module, name, lambda shape, generator, qualified=qualified: self._drawn(qualified, generator))
+                init.fill(module, name, partial(self._draw, f"{prefix}.{name}" if prefix else name))
 
-    def _drawn(self, name: str, generator: torch.Generator) -> Tensor:
+    def _draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(generator.initial_seed())
             return build(self.config, self.arguments).get_parameter(name).detach()
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         if seq.packed and not self.accepts_packed_rows:
-            raise ConfigError(f"mixer '{self.config.module}' would mix the documents packed into one row; set mix_documents = true to allow it")
+            raise ConfigError(
+                f"mixer '{self.config.module}' would mix the documents packed into one row; set mix_documents = true to allow it"
+            )
         out = self.wrapped(x_BTD)
         y: Tensor = out[0] if isinstance(out, tuple) else out
         if y.shape != x_BTD.shape:
@@ -92,7 +94,9 @@ def build(config: ExternalConfig, arguments: dict[str, Argument]) -> nn.Module:
     try:
         found: Any = getattr(importlib.import_module(path), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(Problem(f"cannot import '{config.module}': {error}; install the package or correct the path", "model.mixers")) from error
+        raise ConfigError(
+            Problem(f"cannot import '{config.module}': {error}; install the package or correct the path", "model.mixers")
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(Problem(f"'{config.module}' is no nn.Module class", "model.mixers"))
     try:
