@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import titanarch.models.components  # noqa: F401 (registers the position schemes)
+import titanarch.models.positions  # noqa: F401 (registers them)
 from tests.distributed import run_distributed
 from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
 from titanarch.contract.init import Init, InitConfig, qualified_names

@@ -97,7 +97,7 @@ def whole_windows(lengths_N: np.ndarray, length: int, max_tokens: int) -> Window
     ``max_tokens``: at most so many targets, whole windows spread evenly over all, but at least one; 0: all windows.
     """
     n_wanted = max(1, max_tokens // length) if max_tokens else None
-    document_W, number_W = _pieces(np.maximum(lengths_N - 1, 0) // length, n_wanted)
+    document_W, number_W = _pieces(windows_of(lengths_N, length), n_wanted)
     end_W = (number_W + 1) * length
     return Windows("all_positions", length, document_W, end_W, np.full_like(end_W, length))
 
@@ -105,17 +105,27 @@ def whole_windows(lengths_N: np.ndarray, length: int, max_tokens: int) -> Window
 def same_target_windows(lengths_N: np.ndarray, length: int, longest: int, max_tokens: int) -> Windows:
     """Windows of ``length`` tokens over targets that depend on ``longest`` alone.
 
-    The targets: tokens ceil(longest / 2) + 1 and up of every document, in whole blocks of ceil(longest / 2), such
-    that all have more than longest / 2 tokens before them; with ``max_tokens``, blocks spread evenly over all. Each
-    length divides a block, from its end, among windows that score their last ceil(length / 2) targets, so a target is
-    predicted from more than (length - 1) / 2 and at most ``length`` tokens. A window shows no token of another document.
+    The targets: tokens ceil(longest / 2) + 1 and up of every document, in whole blocks of ceil(longest / 2); with
+    ``max_tokens``, blocks spread evenly over all, at most so many targets but at least one block. Each block is
+    divided, for every length alike from its start, among windows that score their last ceil(length / 2) targets, the
+    last one what is left; so a target is predicted from more than length / 2 and at most ``length`` tokens before it.
     """
     block, step = -(-longest // 2), -(-length // 2)
     n_wanted = max(1, max_tokens // block) if max_tokens else None
-    # the first block ends with token `longest` or, where that is odd, one later
-    document_P, number_P = _pieces(np.maximum(lengths_N - 1 - block, 0) // block, n_wanted)
-    end_P = (number_P + 2) * block
-    backward_Q = np.arange(-(-block // step))[::-1] * step  # windows of a block, first one first
-    end_W = (end_P[:, None] - backward_Q).ravel()
-    n_scored_W = np.tile(np.minimum(step, block - backward_Q), len(end_P))
-    return Windows("same_targets", length, np.repeat(document_P, len(backward_Q)), end_W, n_scored_W)
+    document_P, number_P = _pieces(blocks_of(lengths_N, longest), n_wanted)
+    before_P = (number_P + 1) * block  # the last token before each block
+    scored_to_Q = np.minimum(np.arange(step, block + step, step), block)  # targets of a block up to each window's end
+    end_W = (before_P[:, None] + scored_to_Q).ravel()
+    n_scored_W = np.tile(np.diff(scored_to_Q, prepend=0), len(before_P))
+    return Windows("same_targets", length, np.repeat(document_P, len(scored_to_Q)), end_W, n_scored_W)
+
+
+def blocks_of(lengths_N: np.ndarray, longest: int) -> np.ndarray:
+    """How many blocks of targets each document has under the rule of ``same_target_windows``: int64 [N]."""
+    block = -(-longest // 2)
+    return np.maximum(lengths_N - 1 - block, 0) // block
+
+
+def windows_of(lengths_N: np.ndarray, length: int) -> np.ndarray:
+    """How many whole windows each document has, with the target after the last token: int64 [N]."""
+    return np.maximum(lengths_N - 1, 0) // length

@@ -9,6 +9,7 @@ Shapes: B rows, T queries, S keys, H query heads, G key heads, K key dim, V valu
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def fits(q_BTHK: Tensor, v_BSGV: Tensor, dropout: AttentionDropout | None) -> bo
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, object]]:
+def _compiled() -> Callable[..., Any]:
     """Eager FlexAttention would write out all logits, so outside of a compiled region it is compiled alone."""
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
@@ -128,9 +129,9 @@ def flex(
         distance = query_T[t] - key_S[s]
         inside = distance.clamp(low, reach - 1)
         # Beyond the table a visible key would get a wrong bias: not-a-number is seen at once.
-        return logit + torch.where(distance <= inside, table_HN[h, inside + zero], math.nan)
+        return logit + torch.where((distance if causal else distance.abs()) < reach, table_HN[h, inside + zero], math.nan)
 
-    run = flex_attention if torch.compiler.is_compiling() or not q_BTHK.is_cuda else _compiled()
+    run: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() or not q_BTHK.is_cuda else _compiled()
     y_BHTV, extra = run(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
