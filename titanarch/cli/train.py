@@ -4,7 +4,9 @@ import argparse
 import logging
 import sys
 
+from titanarch.checkpoint.errors import CheckpointError
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
+from titanarch.train.gradients import NonFiniteError
 from titanarch.train.launch import train
 from titanarch.train.metrics.results import print_result
 from titanarch.train.run_config import RunConfig
@@ -16,7 +18,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    result, is_main = train(load_from_arguments(args, RunConfig))
+    try:
+        result, is_main = train(load_from_arguments(args, RunConfig))
+    except (CheckpointError, NonFiniteError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if is_main:
         print_result(result)
     return 0

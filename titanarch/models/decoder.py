@@ -37,7 +37,7 @@ AUGMENTATION_SITE = 1
 class Head(Linear):
     """The output matrix [V, D] and its bias; the loss multiplies by it chunk by chunk."""
 
-    roles: dict[str, Role] = {"weight": HEAD}  # noqa: RUF012 (a class attribute that every head shares)
+    roles: dict[str, Role] = {"weight": HEAD}
 
 
 @model("decoder")

@@ -57,8 +57,7 @@ def _seed(config: RunConfig, path: Path, processes: Processes) -> int:
 def _open_folder(config: RunConfig, path: Path, processes: Processes) -> RunFolder:
     """The run's folder, opened by process 0; every process raises where it cannot be."""
     extends = not config.lr_scheduler.depends_on_budget
-    outcome: list[RunFolder | ConfigError | None] = [None]
-    folder = RunFolder(path)
+    folder, failure = RunFolder(path), None
     if processes.is_main:
         try:
             folder = RunFolder.start(
@@ -69,12 +68,12 @@ def _open_folder(config: RunConfig, path: Path, processes: Processes) -> RunFold
                 allowed=BUDGET_KEYS if extends else (),
             )
         except ConfigError as error:
-            outcome = [error]
+            failure = error
     if processes.world_size > 1:
-        failed = torch.tensor(float(outcome[0] is not None), device=processes.device)
+        failed = torch.tensor(float(failure is not None), device=processes.device)
         dist.broadcast(failed, src=0)
         if failed.item() and not processes.is_main:
             raise ConfigError("process 0 could not open the run's folder")
-    if isinstance(outcome[0], ConfigError):
-        raise outcome[0]
+    if failure is not None:
+        raise failure
     return folder

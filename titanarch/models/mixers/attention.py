@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
@@ -53,6 +53,15 @@ class AttentionConfig(MixerConfig):
     qkv_bias: bool = Field(False, description="biases on the query, key and value projections")
     out_bias: bool = Field(False, description="bias on the output projection")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability of dropping an attention weight")
+
+    @field_validator("position")
+    @classmethod
+    def _each_position_once(cls, position: tuple[RelativePositionConfig, ...]) -> tuple[RelativePositionConfig, ...]:
+        kinds = [p.kind for p in position]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"'{twice[0]}' is listed twice; name each position scheme once")
+        return position
 
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
