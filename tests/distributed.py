@@ -19,6 +19,13 @@ from torch._C._distributed_c10d import FileStore
 
 Result = TypeVar("Result")
 
+# Importing torch takes seconds. The processes are forks of a server that has done so, once a test session, and has
+# done nothing else: no threads, no process group, no CUDA context.
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.optim", "torch._dynamo"]
+)
+
 
 class RankError(AssertionError):
     """A rank raised, died or did not finish; the message holds its traceback."""
@@ -27,18 +34,17 @@ class RankError(AssertionError):
 def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any, timeout_seconds: float = 180.0) -> list[Result]:
     """``fn(*args)`` on ``world_size`` fresh processes with one thread each; what each returned, by rank.
 
-    ``fn`` is a function of a module (spawned processes import it), finds its rank through ``torch.distributed``,
+    ``fn`` is a function of a module (the processes import it), finds its rank through ``torch.distributed``,
     whose gloo default group is ready, and returns something picklable; a tensor comes back as a copy (a DTensor
-    must be made plain first). RANK, LOCAL_RANK and WORLD_SIZE are set. The first rank that fails ends the others
+    must be made plain first). The environment is the caller's, with RANK, LOCAL_RANK and WORLD_SIZE set. The first rank that fails ends the others
     and is raised as RankError; so is running longer than ``timeout_seconds``.
     """
-    context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(
+            CONTEXT.Process(
                 target=_rank_main,
-                args=(fn, args, rank, world_size, str(Path(folder, "store")), timeout_seconds, pipes[rank][1]),
+                args=(fn, args, rank, world_size, str(Path(folder, "store")), timeout_seconds, dict(os.environ), pipes[rank][1]),
                 daemon=False,  # a rank may start processes of its own (data workers)
             )
             for rank in range(world_size)
@@ -86,11 +92,19 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
 
 
 def _rank_main(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, store_path: str, timeout_seconds: float, writer: Connection
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    store_path: str,
+    timeout_seconds: float,
+    environment: dict[str, str],
+    writer: Connection,
 ) -> None:
     """The life of one rank: join the group, call, send (failed, result or traceback)."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name need not resolve
     try:

@@ -1,6 +1,5 @@
 """A process killed at any instant of a save leaves the newest committed checkpoint loadable."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from tests.checkpoint.common import checkpointer, one_process
+from tests.distributed import CONTEXT
 from titanarch.checkpoint.marker import MARKER
 from titanarch.checkpoint.storage import Storage
 from titanarch.checkpoint.store import load
@@ -21,10 +21,6 @@ from titanarch.checkpoint.torch_io import LocalWriter
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.usefixtures("one_process")
-
-# Forks of a server that has torch imported start in milliseconds.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.checkpoint.common"])
 
 
 def state(value: float) -> dict[str, Any]:

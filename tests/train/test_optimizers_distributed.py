@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.distributed import run_distributed
@@ -89,7 +89,7 @@ def skipped_alike() -> list[bool]:
     return [*admitted, scale.to_local().numel() == 1]
 
 
-def timed() -> tuple[list[float], list[bool], int]:
+def timed() -> tuple[list[float], int]:
     """A budget of 1.2 seconds, where process 1's own clock is of no account; how often the processes talked."""
     n_agreements = 0
 
@@ -107,14 +107,12 @@ def timed() -> tuple[list[float], list[bool], int]:
         step += 1
         budget.advance(step, 0)
         fractions.append(budget.fraction)
-    return fractions, n_agreements  # type: ignore[return-value]
+    return fractions, n_agreements
 
 
 def on_two() -> dict[str, Any]:
-    started = time.monotonic()
-    fractions, n_agreements = timed()  # type: ignore[misc]
+    fractions, n_agreements = timed()
     return {
-        "seconds": time.monotonic() - started,
         "fractions": fractions,
         "n_agreements": n_agreements,
         "losses": sharded_losses(),
@@ -130,8 +128,6 @@ def on_four() -> dict[str, dict[str, Any]]:
     for name, config in CONFIGS.items():
         model = Net()
         parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        model.scale = nn.Parameter(distribute_tensor(model.scale.detach(), mesh["tp"]))
-        model.scale.register_hook(lambda grad: grad)
         fully_shard(model, mesh=mesh["dp_shard"])
         found[name] = train(model, config)
     return found
@@ -180,6 +176,5 @@ def test_two_processes_draw_one_seed(two: list[dict[str, Any]]) -> None:
 
 def test_fsdp_over_tensor_parallelism_trains_like_one(alone: dict[str, dict[str, Any]]) -> None:
     for result in run_distributed(on_four, 4):
-        for name, config in CONFIGS.items():
+        for name in CONFIGS:
             assert_same_training(result[name], alone[name])
-            assert config.lr == 0.05

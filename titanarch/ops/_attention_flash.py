@@ -53,7 +53,9 @@ def _mask(a: Inputs, block: Block) -> Tensor:
     if a.query_document_BT is None or a.key_document_BS is None:
         return bias_HRs[None]
     hidden_bRs = a.query_document_BT[block.rows, a.tokens(block), None] != a.key_document_BS[block.rows, None, block.keys]
-    return bias_HRs[None] + hidden_bRs[:, None].to(a.dtype).mul_(NEVER)
+    hidden_b1Rs = hidden_bRs[:, None].to(a.dtype).mul_(NEVER)
+    # In place where the shape allows: fresh memory of this size costs more than the addition.
+    return bias_HRs[None].add_(hidden_b1Rs) if hidden_b1Rs.shape[0] == 1 else bias_HRs[None] + hidden_b1Rs
 
 
 def _block_size(a: Inputs) -> tuple[int, int]:
