@@ -23,7 +23,9 @@ RUN useradd --create-home --uid 10001 titanarch && install --directory --owner=t
 WORKDIR /opt/titanarch
 COPY --chown=titanarch:titanarch . .
 USER titanarch
-RUN export PIP_NO_CACHE_DIR=1 && source scripts/environment.sh && choose_python run && mkdir outputs
+# Compiled here, for a container starts without what an earlier one compiled; packages hold files that no Python compiles.
+RUN export PIP_NO_CACHE_DIR=1 && source scripts/environment.sh && choose_python run && mkdir outputs && \
+    { "$PYTHON_BIN" -m compileall -q -j 0 .venv/lib titanarch > /dev/null 2>&1 || true; }
 ENV TITANARCH_PYTHON=/opt/titanarch/.venv/bin/python
 ENTRYPOINT ["/opt/titanarch/run_train.sh"]
 
@@ -37,7 +39,9 @@ RUN useradd --create-home --uid 10001 titanarch && install --directory --owner=t
 WORKDIR /opt/titanarch
 COPY --chown=titanarch:titanarch . .
 USER titanarch
-RUN export PIP_NO_CACHE_DIR=1 && source scripts/environment.sh && choose_python run && mkdir outputs
+# Compiled here, for a container starts without what an earlier one compiled; packages hold files that no Python compiles.
+RUN export PIP_NO_CACHE_DIR=1 && source scripts/environment.sh && choose_python run && mkdir outputs && \
+    { "$PYTHON_BIN" -m compileall -q -j 0 .venv/lib titanarch > /dev/null 2>&1 || true; }
 ENV TITANARCH_PYTHON=/opt/titanarch/.venv/bin/python
 ENTRYPOINT ["/opt/titanarch/run_train.sh"]
 

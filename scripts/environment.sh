@@ -75,8 +75,10 @@ except BlockingIOError:
 ' || fail "cannot lock $ENVIRONMENT/titanarch.lock"
 }
 
+# Without compiling: that takes longer than the rest, and Python does it for the few modules that a run imports.
 pip_install() {
-  "$ENVIRONMENT/bin/python" -m pip --disable-pip-version-check --no-input install --constraint "$REPOSITORY/constraints.txt" "$@" >&2 ||
+  "$ENVIRONMENT/bin/python" -m pip --disable-pip-version-check --no-input install --no-compile \
+    --constraint "$REPOSITORY/constraints.txt" "$@" >&2 ||
     fail "pip could not install; the lines above say why. The same command tries again"
 }
 
@@ -113,6 +115,7 @@ make_environment() {
     if ! "$ENVIRONMENT/bin/python" -m pip --version >/dev/null 2>&1; then
       find_base_python
       "$BASE_PYTHON" -m venv "$ENVIRONMENT" >&2 || fail "'$BASE_PYTHON -m venv' failed; on Debian and Ubuntu the package python3-venv brings it"
+      "$ENVIRONMENT/bin/python" -m pip --version >/dev/null 2>&1 || fail "$ENVIRONMENT is broken: it has no pip. Remove it and launch again"
     fi
     install_titanarch "$target"
     for each in "${purposes[@]}"; do

@@ -36,8 +36,8 @@ def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any, time
 
     ``fn`` is a function of a module (the processes import it), finds its rank through ``torch.distributed``,
     whose gloo default group is ready, and returns something picklable; a tensor comes back as a copy (a DTensor
-    must be made plain first). The environment is the caller's, with RANK, LOCAL_RANK and WORLD_SIZE set. The first rank that fails ends the others
-    and is raised as RankError; so is running longer than ``timeout_seconds``.
+    must be made plain first). The environment is the caller's, with RANK, LOCAL_RANK and WORLD_SIZE set. The first
+    rank that fails ends the others and is raised as RankError; so is running longer than ``timeout_seconds``.
     """
     with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]

@@ -39,4 +39,4 @@ def test_a_failing_rank_is_shown(how: str, message: str) -> None:
 
 def test_a_hanging_rank_is_ended() -> None:
     with pytest.raises(RankError, match=r"had not finished in time"):
-        run_distributed(time.sleep, 1, 600, timeout_seconds=4)
+        run_distributed(time.sleep, 1, 600, timeout_seconds=2)

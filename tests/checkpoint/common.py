@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,24 @@ def assert_bitwise(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     assert not differing
+
+
+def filled(value: float, size: int = 1000) -> dict[str, Any]:
+    """A state whose every number is ``value``."""
+    return {"model": {"w": torch.full((size,), float(value)), "b": torch.full((3, 5), float(value))}, "data": {"step": value}}
+
+
+def save_steps(folder: Path, steps: list[int], **options: object) -> None:
+    saver = checkpointer(folder, **options)
+    for step in steps:
+        saver.save(step, filled(step), config_text="[training]")
+    saver.close()
+
+
+def assert_filled(state: dict[str, Any], value: float) -> None:
+    assert state["data"] == {"step": value}
+    assert all(bool((tensor == value).all()) for tensor in state["model"].values())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())

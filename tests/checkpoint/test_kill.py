@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from tests.checkpoint.common import checkpointer, one_process
 from tests.distributed import CONTEXT
+from titanarch.checkpoint.choosing import problem_of
 from titanarch.checkpoint.marker import MARKER
 from titanarch.checkpoint.storage import Storage
 from titanarch.checkpoint.store import load
@@ -111,6 +112,9 @@ def test_killed_at(tmp_path: Path, instant: str) -> None:
     process.join(60)
     assert (process.exitcode, saved.value) == (-signal.SIGKILL, 2), "the process did not die where it should"
     assert assert_loads(tmp_path, 1) == INSTANTS[instant][1]
+    storage = Storage(tmp_path / "checkpoints")
+    committed = [folder for folder in storage.folders() if storage.is_committed(folder)]
+    assert [problem_of(storage, folder, storage.marker(folder)) for folder in committed] == [""] * len(committed)
 
     saver = checkpointer(tmp_path, keep_latest_k=2)  # the run goes on, and cleans up after itself
     saver.save(4, state(4), config_text="")

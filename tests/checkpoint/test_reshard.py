@@ -1,5 +1,6 @@
 """Saved on 4 processes, loaded on 4, 2 and 1."""
 
+import errno
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,18 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from tests.checkpoint.common import Net, assert_bitwise, build, checkpointer, state_of, train
 from tests.distributed import run_distributed
 from titanarch.checkpoint.errors import CheckpointError
-from titanarch.checkpoint.train_state import RandomState
+from titanarch.checkpoint.store import load
+from titanarch.checkpoint.torch_io import LocalWriter
+from titanarch.checkpoint.train_state import ModelState, RandomState
 
 
 def whole(net: Net, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -24,9 +30,13 @@ def whole(net: Net, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     return {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for name, value in tensors.items()}
 
 
+def full(self: LocalWriter, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def save_on_four(folder: Path, muon: bool) -> dict[str, Any]:
     """Train 2 steps, save, train 3 more; then resume in place and repeat them."""
-    rank = dist.get_rank()
+    rank, write_data = dist.get_rank(), LocalWriter.write_data
     net, optimizers = build(0, muon=muon)
     train(net, optimizers, start=0, steps=2)
     expected = whole(net, optimizers)
@@ -51,6 +61,13 @@ def save_on_four(folder: Path, muon: bool) -> dict[str, Any]:
         saver.save(3, {"data": {"rank": rank}}, config_text="")
     with pytest.raises(CheckpointError, match="hold different state for 'cursor'"):
         saver.merge({"cursor": rank})
+    if rank == 3:  # the disk of one is full: all must know, and nobody waits for it
+        LocalWriter.write_data = full  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="step-00000004: the disk is full"):
+        saver.save(4, {"model": ModelState(net)}, config_text="", force_sync=True)
+    dist.barrier()
+    LocalWriter.write_data = write_data  # type: ignore[method-assign]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002"]
     saver.close()
     return {"losses": losses, "streams": data["streams"], "tensors": expected}
 
@@ -87,3 +104,11 @@ def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path: Path) -> No
             assert_bitwise(result[case]["tensors"], expected["tensors"])
             assert result[case]["streams"] == {f"stream-{s}": {"epoch": s, "owner": s % 4} for s in range(8)}
             assert result[case]["losses"] == pytest.approx(expected["losses"], rel=rel)
+
+    assert not dist.is_initialized()  # what evaluates may read without any group, into a model that is not sharded
+    net = Net()
+    loaded = load(tmp_path / "sgd" / "checkpoints", {"model": ModelState(net)})
+    assert loaded is not None
+    assert loaded.step == 2
+    saved = four[0][0]["tensors"]
+    assert_bitwise(dict(net.state_dict()), {name: saved[name] for name in net.state_dict()})

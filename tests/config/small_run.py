@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from titanarch.config.registry import ComponentConfig, Registry
-from titanarch.config.section import FREE, IDENTITY, ListOf, Section
+from titanarch.config.section import FREE, IDENTITY, ListOf, OneOrMore, Section
 
 
 class PositionConfig(ComponentConfig):
@@ -52,7 +52,7 @@ MIXERS: Registry[Any] = Registry("mixer")
 class Attention:
     class Config(MixerConfig):
         n_heads: int = Field(8, ge=1, le=64, description="heads")
-        position: Annotated[PositionConfig, POSITIONS] | None = Field(None, description="instead of the model's")
+        position: OneOrMore[Annotated[PositionConfig, POSITIONS]] = Field((), description="instead of the model's")
 
 
 @MIXERS.register("serial")
@@ -76,14 +76,18 @@ class Decoder:
         relative: Annotated[PositionConfig, POSITIONS] | ListOf[Annotated[PositionConfig, POSITIONS]] = Field(
             Alibi.Config(), description="one or several"
         )
+        position: OneOrMore[Annotated[PositionConfig, POSITIONS]] = Field((), description="of every attention")
         mixers: dict[str, Annotated[MixerConfig, MIXERS]] = Field({}, description="by name")
 
         @model_validator(mode="before")
         @classmethod
-        def _kind_is_the_name(cls, table: Any) -> Any:
-            mixers = table.get("mixers") if isinstance(table, dict) else None
-            if not isinstance(mixers, dict):
+        def _complete(cls, table: Any) -> Any:
+            """A mixer's kind is its name; an attention takes the model's position."""
+            if not isinstance(table, dict) or not isinstance(table.get("mixers", {}), dict):
                 return table
+            mixers = table.get("mixers", {})
+            if "position" in table and table.get("layers", ["attention"]) == ["attention"]:
+                mixers = {"attention": {"position": table["position"]}} | mixers
             return table | {"mixers": {k: {"kind": k} | v if isinstance(v, dict) else v for k, v in mixers.items()}}
 
 

@@ -99,6 +99,15 @@ def test_one_wrong_line(tmp_path: Path, line: str, shown: str) -> None:
             "5: [model.mixers.top.first] n_hed: unknown key; did you mean 'n_heads'?",
         ),
         ("name = 'decoder'\n[model.mixers]\nnone = 3", "4: [model.mixers] none: wants the name of a known mixer (attention, serial) or a table with 'kind', got the integer 3"),
+        # an array of one, given as its item
+        (
+            "name = 'decoder'\n[model.mixers.attention]\nposition = { kind = 'rotary', teta = 1.0 }",
+            "4: [model.mixers.attention.position] teta: unknown key; did you mean 'theta'?",
+        ),
+        ("name = 'decoder'\n[model.mixers.attention]\nposition = 'rotari'", "4: [model.mixers.attention] position: unknown position 'rotari'; did you mean 'rotary'?"),
+        # a mistake that a validator copies to every mixer is shown once
+        ("name = 'decoder'\nposition = { kind = 'rotary', teta = 1.0 }", "3: [model.position] teta: unknown key; did you mean 'theta'?"),
+        ("name = 'decoder'\nposition = 'learned'", "3: [model.position] max_length: missing, and has no default; it is: rows of the table, tokens"),
         ("name = 'hnet'\ndim = 3", "3: [model] dim: unknown key; allowed: name, stages"),
     ],
 )

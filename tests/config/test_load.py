@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.small_run import POSITIONS, Alibi, Attention, Decoder, HNet, Learned, Rotary, SmallRun
+from tests.config.small_run import POSITIONS, Alibi, Attention, Decoder, HNet, Learned, PositionConfig, Rotary, SmallRun
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.load import Loaded, load_config
 
@@ -129,6 +129,23 @@ class TestComponents:
         assert self.relative("['alibi', 'rotary']", "--model.relative=['alibi']") == (Alibi.Config(),)
         assert self.relative("['alibi', 'rotary']", "--model.relative=alibi") == Alibi.Config()
 
+    @pytest.mark.parametrize(
+        ("override", "merged"),
+        [
+            ("kind=alibi", Alibi.Config()),
+            ("theta=6.0", Rotary.Config(theta=6.0, scaling=Rotary.Config.Scaling(factor=2.0))),
+            ("scaling.factor=3.0", Rotary.Config(theta=5.0, scaling=Rotary.Config.Scaling(factor=3.0))),
+        ],
+    )
+    def test_a_single_item_of_an_array_merges_as_a_component(self, override: str, merged: PositionConfig) -> None:
+        table = "position = { kind = 'rotary', theta = 5.0, scaling = { factor = 2.0 } }"
+        write("run.toml", WHOLE + f"[model.mixers.attention]\n{table}\n")
+        loaded = load(f"--model.mixers.attention.position.{override}")
+        assert isinstance(loaded.config.model, Decoder.Config)
+        assert loaded.config.model.mixers["attention"] == Attention.Config(position=(merged,))
+        key = override.partition("=")[0]
+        assert loaded.origin(f"model.mixers.attention.position[0].{key}") == ("command line", None)
+
     def test_the_slot_decides_which_key_names_the_component(self) -> None:
         write("run.toml", "[model]\nname = 'decoder'\ndim = 3\n[training]\nsteps = 1\n")
         assert load("--model.name=hnet").config.model == HNet.Config()
@@ -138,7 +155,7 @@ class TestComponents:
         write("run.toml", WHOLE + "[model.mixers.attention]\nn_heads = 2\nposition = 'rotary'\n")
         model = load("--model.mixers.attention.kind=attention", "--model.mixers.attention.position.theta=3.0").config.model
         assert isinstance(model, Decoder.Config)
-        assert model.mixers == {"attention": Attention.Config(n_heads=2, position=Rotary.Config(theta=3.0))}
+        assert model.mixers == {"attention": Attention.Config(n_heads=2, position=(Rotary.Config(theta=3.0),))}
         serial = load("--model.mixers.attention.kind=serial").config.model
         assert isinstance(serial, Decoder.Config)
         assert serial.mixers["attention"].kind == "serial"

@@ -1,12 +1,12 @@
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from tests.config.small_run import SmallRun
+from tests.config.small_run import POSITIONS, Alibi, PositionConfig, Rotary, SmallRun
 from titanarch.config.places import reachable
 from titanarch.config.reference import reference_page
-from titanarch.config.section import Section
+from titanarch.config.section import ListOf, Section
 
 PAGE = reference_page(SmallRun)
 
@@ -33,7 +33,8 @@ def test_a_section_in_full() -> None:
 def test_components_and_what_picks_them() -> None:
     assert "| `model` | [model](#slot-model) | required | the model | fixed |" in PAGE
     assert part("## Slot: mixer") == "Named by `kind`, one of `attention`, `serial`."
-    assert "| `n_heads` | integer >= 1 <= 64 | `8` | heads | fixed |" in part("### `attention`")
+    assert "| `position` | [position](#slot-position) or array of: [position](#slot-position) | `[]` |" in part("### `attention`")
+    assert "| `n_heads` | integer >= 1, <= 64 | `8` | heads | fixed |" in part("### `attention`")
     assert '| `first` | [mixer](#slot-mixer) | `"attention"` | a mixer inside a mixer | fixed |' in part("### `serial`")
     decoder = part("### `decoder`")
     assert '| `relative` | [position](#slot-position) or array of: [position](#slot-position) | `"alibi"` | one or several | fixed |' in decoder
@@ -58,6 +59,16 @@ def test_every_key_of_every_section_has_a_row_or_a_heading() -> None:
             row = f"| `{name}` | "
             heading = re.search(rf"`\[+([a-z_.]+\.)?{name}\]+`", PAGE)
             assert (row in PAGE and (field.description or "") in PAGE) or heading, f"{section.__qualname__}.{name}"
+
+
+def test_defaults_are_as_short_as_a_file_could_give_them() -> None:
+    class Root(Section):
+        several: ListOf[Annotated[PositionConfig, POSITIONS]] = Field((Alibi.Config(), Rotary.Config(theta=2.0)), description="several")
+        long: int = Field(2**62, lt=2**63, description="long")
+
+    page = reference_page(Root)
+    assert '| `["alibi", { kind = "rotary", theta = 2.0 }]` | several |' in page
+    assert "| `long` | integer < 9223372036854775808 | `4611686018427387904` |" in page
 
 
 def test_bars_and_line_ends_do_not_break_the_table() -> None:

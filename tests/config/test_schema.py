@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from tests.config.small_run import MIXERS, MixerConfig, SmallRun
 from tests.config.test_dump import TABLE
 from titanarch.config.registry import Registry
 from titanarch.config.schema import json_schema
-from titanarch.config.section import Section
+from titanarch.config.section import OneOrMore, Section
 
 MINIMAL: dict[str, Any] = {"model": "decoder", "training": {"steps": 1}}
 
@@ -109,3 +109,17 @@ def test_two_registries_of_one_slot_are_refused() -> None:
 
     with pytest.raises(ValueError, match="two registries have the same slot name"):
         json_schema(Both)
+
+
+def test_one_item_or_several() -> None:
+    class Root(Section):
+        items: OneOrMore[int] = Field((), description="one or several", max_length=2)
+
+    assert Root.model_validate({"items": 3}).items == (3,)
+    assert Root.model_validate({"items": [3, 4]}).items == (3, 4)
+    validator = Draft202012Validator(json_schema(Root, whole=True))
+    for table, valid in [({"items": 3}, True), ({"items": [3, 4]}, True), ({"items": "3"}, False), ({"items": [3, 4, 5]}, False)]:
+        assert validator.is_valid(table) == valid
+        if not valid:
+            with pytest.raises(ValidationError):
+                Root.model_validate(table)

@@ -1,102 +1,15 @@
-"""What the tests of data share: small sources of known documents, and loaders over them."""
+"""A [data] section for a test."""
 
-import json
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from titanarch.data.batch import Batch
+from tests.data.common import data_config
 from titanarch.data.config import DataConfig
-from titanarch.data.loader import RowLoader, build_loader, merge_states
-from titanarch.data.tokenizers import build_tokenizer
-
-WORDS = "the of and to in that it was his he with as for had you not be her on at by which have or from".split()
-
-
-def make_texts(n: int, *, seed: int = 0, longest: int = 60) -> list[str]:
-    """Documents of 1 to ``longest`` words, a few of them with characters of several bytes."""
-    draw = random.Random(seed)
-    return [" ".join(draw.choices([*WORDS, "naïve", "日本"], k=draw.randint(1, longest))) for _ in range(n)]
-
-
-def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "id": f"d{i}"}) + "\n" for i, text in enumerate(texts)), encoding="utf-8")
-    return path
-
-
-def data_config(cache: Path, **table: Any) -> DataConfig:
-    return DataConfig.model_validate({"cache_dir": str(cache), "tokenizer": "bytes", **table})
 
 
 @pytest.fixture
 def config_of(tmp_path: Path) -> Callable[..., DataConfig]:
     """A [data] section whose cache lies in the test's folder and whose tokenizer is ``bytes`` unless it says otherwise."""
     return lambda **table: data_config(tmp_path / "cache", **table)
-
-
-def loader_of(config: DataConfig, *, rows: int, local: int, rank: int, degree: int, seq_len: int = 16, seed: int = 3) -> RowLoader:
-    tokenizer = build_tokenizer(config.tokenizer)
-    return build_loader(
-        config,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        global_batch_size=rows,
-        local_batch_size=local,
-        dp_rank=rank,
-        dp_degree=degree,
-        seed=seed,
-    )
-
-
-def content(batch: Batch) -> Iterator[tuple[int, bytes]]:
-    """Number and whole content of each row."""
-    for b, row in enumerate(batch.row_B.tolist()):
-        tensors = (batch.tokens_BT, batch.labels_BT, batch.position_BT, batch.document_BT)
-        yield row, b"".join(tensor[b].numpy().tobytes() for tensor in tensors)
-
-
-def run_steps(config: DataConfig, state: dict[str, Any] | None, *, steps: int, rows: int, local: int, degree: int, **options: Any):
-    """``steps`` steps on ``degree`` ranks from ``state``: the content of each row by its number, and the merged state."""
-    loaders = [loader_of(config, rows=rows, local=local, rank=rank, degree=degree, **options) for rank in range(degree)]
-    seen: dict[int, bytes] = {}
-    for loader in loaders:
-        if state is not None:
-            loader.load_state_dict(json.loads(json.dumps(state)))
-        for _ in range(steps * loader.accumulation_steps):
-            for row, whole in content(next(loader)):
-                assert row not in seen, f"row {row} was handed out twice"
-                seen[row] = whole
-    merged = merge_states([loader.state_dict() for loader in loaders])
-    for loader in loaders:
-        loader.close()
-    return seen, merged
-
-
-def naive_row(tokens: np.ndarray, begins: set[int], start: int, seq_len: int) -> bytes:
-    """What ``content`` gives for the window at ``start``, token by token; ``begins``: where documents begin in ``tokens``."""
-    inputs, labels, positions, documents = [], [], [], []
-    position, document = 0, 0
-    for t in range(start, start + seq_len):
-        if t in begins and t > start:
-            position, document = 0, document + 1
-        inputs.append(int(tokens[t]))
-        labels.append(-100 if t + 1 in begins else int(tokens[t + 1]))
-        positions.append(position)
-        documents.append(document)
-        position += 1
-    return b"".join(np.array(values, dtype=np.int64).tobytes() for values in (inputs, labels, positions, documents))
-
-
-def joined_bytes(texts: Iterable[str]) -> tuple[np.ndarray, set[int]]:
-    """Documents end to end as the bytes tokenizer gives them, and where each begins."""
-    tokens: list[int] = []
-    begins = set()
-    for text in texts:
-        begins.add(len(tokens))
-        tokens += [*text.encode(), 256]
-    begins.add(len(tokens))
-    return np.array(tokens), begins

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import content, naive_row
+from tests.data.common import content, naive_row
 from titanarch.data.batch import Windows, filler, joined, make_batch
 
 

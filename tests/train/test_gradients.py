@@ -62,8 +62,8 @@ def test_scaler_follows_torchs_grad_scaler() -> None:
     scaler = LossScaler(enabled=True)
     parameter = nn.Parameter(torch.zeros(1))
     sgd = torch.optim.SGD([parameter], lr=0.0)
-    overflows = {3, 4, 2010, 4100, 4101, 4102}
-    for step in range(6200):
+    overflows = {3, 4, 2010, 4100, 4101}
+    for step in range(4200):
         parameter.grad = torch.full((1,), math.inf if step in overflows else 1.0)
         reference.scale(torch.zeros(()))
         reference.step(sgd)
@@ -145,7 +145,7 @@ def test_stop_reads_nothing_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -
     for step, norm in enumerate((1.0, 2.0, math.nan, math.nan)):
         assert guard.admits(step, OnDevice(5.0), OnDevice(norm))  # type: ignore[arg-type]
     guard._unchecked = [(s, torch.tensor(loss.value), torch.tensor(norm.value)) for s, loss, norm in guard._unchecked]  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteError, match="step 2: the loss is 5.0 and the gradient norm nan"):
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is 5\.0 and the gradient norm nan"):
         guard.check()
     guard.check()
 

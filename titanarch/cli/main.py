@@ -29,7 +29,10 @@ class Command:
 
 
 COMMANDS = {
+    "train": Command("titanarch.cli.train", "run a configuration, on the processes that a launcher started"),
     "config": Command("titanarch.cli.config", "show, check and document configurations"),
+    "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
+    "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
 }
 """Every subcommand: its module and its line of help."""
 

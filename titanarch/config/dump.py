@@ -29,20 +29,21 @@ def to_table(config: Section) -> dict[str, Any]:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if value is not None:
-            table[name] = _plain(value)
+            table[name] = plain(value)
         elif field.is_required() or field.get_default(call_default_factory=True) is not None:
             raise ValueError(f"{type(config).__qualname__}.{name} is None, which TOML cannot write and which is not its default")
     return table
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of a configuration as TOML would hold it."""
     if isinstance(value, Section):
         return to_table(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, PurePath):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def toml_value(value: Any) -> str:

@@ -14,7 +14,7 @@ from titanarch.config.dump import toml_value
 from titanarch.config.errors import Problem, did_you_mean, shown
 from titanarch.config.keys import KeyPath, join_key
 from titanarch.config.overrides import COMMAND_LINE
-from titanarch.config.places import forms_at, keys_at, places_of, sections
+from titanarch.config.places import ArrayOf, Form, MappingOf, forms_at, keys_at, places_of, sections
 from titanarch.config.section import Section
 from titanarch.config.tree import Node
 
@@ -36,11 +36,11 @@ _WANTED: Final = {
 }
 
 _LIMITS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
-    "greater_than": lambda limit: f"must be > {limit['gt']:g}",
-    "greater_than_equal": lambda limit: f"must be >= {limit['ge']:g}",
-    "less_than": lambda limit: f"must be < {limit['lt']:g}",
-    "less_than_equal": lambda limit: f"must be <= {limit['le']:g}",
-    "multiple_of": lambda limit: f"must be a multiple of {limit['multiple_of']:g}",
+    "greater_than": lambda limit: f"must be > {plain_number(limit['gt'])}",
+    "greater_than_equal": lambda limit: f"must be >= {plain_number(limit['ge'])}",
+    "less_than": lambda limit: f"must be < {plain_number(limit['lt'])}",
+    "less_than_equal": lambda limit: f"must be <= {plain_number(limit['le'])}",
+    "multiple_of": lambda limit: f"must be a multiple of {plain_number(limit['multiple_of'])}",
     "finite_number": lambda limit: "must be finite",
     "too_short": lambda limit: f"needs {_count(limit['min_length'], 'item')} or more",
     "too_long": lambda limit: f"takes {_count(limit['max_length'], 'item')} or fewer",
@@ -84,6 +84,7 @@ def explain(error: ValidationError, schema: type[Section], tree: Node, *, unknow
     for details in error.errors(include_url=False):
         path = _path(details, schema, table)
         findings.setdefault(path, []).append(_Finding(path, details))
+    findings = _without_echoes(findings, tree)
     above = {path[:depth] for path in findings for depth in range(len(path))}
     problems = []
     for path, group in findings.items():
@@ -99,15 +100,36 @@ def explain(error: ValidationError, schema: type[Section], tree: Node, *, unknow
     return problems
 
 
+def _without_echoes(findings: dict[KeyPath, list[_Finding]], tree: Node) -> dict[KeyPath, list[_Finding]]:
+    """Without what a validator copied to places that nobody wrote, where the original is wrong in the same way."""
+
+    def mistake(path: KeyPath) -> str:
+        return repr([(finding.kind, path[-1:], finding.error["input"]) for finding in findings[path]])
+
+    written = {path for path in findings if tree.find(path)[1] >= len(path) - 1}
+    originals = {mistake(path) for path in written}
+    return {path: group for path, group in findings.items() if path in written or mistake(path) not in originals}
+
+
 def _path(details: ErrorDetails, schema: type[Section], table: dict[str, Any]) -> KeyPath:
     """Where it is wrong: pydantic's location without the names of union members."""
     path: KeyPath = ()
     for part in details["loc"]:
         forms, value = forms_at(schema, table, path)
-        written = part in value if isinstance(value, dict) else isinstance(part, int) and isinstance(value, list) and part < len(value)
-        if written or part in keys_at(forms, value):
+        if _leads_on(part, forms, value):
             path = (*path, part)
-    return path
+    last = details["loc"][-1:]
+    names_a_key = details["type"] in ("missing", "extra_forbidden") and isinstance(last[0], str)
+    return (*path, *last) if names_a_key and path[-1:] != last else path
+
+
+def _leads_on(part: str | int, forms: tuple[Form, ...], value: Any) -> bool:
+    """Whether ``part`` is a key or index of a place that holds ``value``; what a validator put there counts too."""
+    if isinstance(value, dict) and part in value or part in keys_at(forms, value):
+        return True
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return value is None and any(isinstance(form, MappingOf if isinstance(part, str) else ArrayOf) for form in forms)
 
 
 def _message(group: list[_Finding], schema: type[Section], table: dict[str, Any], tree: Node) -> str:
@@ -192,6 +214,11 @@ def describe(value: Any) -> str:
     names = {bool: "the boolean", int: "the integer", float: "the number"}
     name = names.get(type(value), "the date or time" if isinstance(value, date | time) else "")
     return f"{name} {toml_value(value)}" if name else shown(value)
+
+
+def plain_number(value: float) -> str:
+    """A bound as short as it can be said without loss."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 or isinstance(value, int) else repr(value)
 
 
 def _count(number: int, noun: str) -> str:

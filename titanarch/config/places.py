@@ -27,6 +27,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class ArrayOf:
+    """An array. Where one item stands alone, it is taken for an array of one; the validation says whether it may."""
+
     items: tuple["Form", ...]
 
 
@@ -64,7 +66,8 @@ def _forms(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[Form, ...]:
 
 def registry_at(forms: Iterable[Form]) -> Registry[Any] | None:
     """The registry whose components may stand at a place."""
-    return next((form.registry for form in forms if isinstance(form, Slot)), None)
+    single = [each for form in forms for each in (form.items if isinstance(form, ArrayOf) else (form,))]
+    return next((form.registry for form in single if isinstance(form, Slot)), None)
 
 
 def component_name(value: Any, registry: Registry[Any]) -> str | None:
@@ -79,6 +82,8 @@ def sections(form: Form, value: Any) -> tuple[type[Section], ...]:
         name = component_name(value, form.registry) or form.implied
         names = list(form.registry) if name is None else [name] if name in form.registry else []
         return tuple(form.registry[each].Config for each in names)
+    if isinstance(form, ArrayOf) and not isinstance(value, list):
+        return tuple(section for item in form.items for section in sections(item, value))
     return (form,) if isinstance(form, type) else ()
 
 
@@ -86,8 +91,8 @@ def inside(forms: Iterable[Form], part: str | int, value: Any) -> tuple[Form, ..
     """What may stand under the key or index ``part`` of a place that holds ``value``."""
     found: list[Form] = []
     for form in forms:
-        if isinstance(form, ArrayOf):
-            found += form.items if isinstance(part, int) else ()
+        if isinstance(form, ArrayOf) and isinstance(part, int):
+            found += form.items
         elif isinstance(form, MappingOf):
             found += [Slot(each.registry, str(part)) if isinstance(each, Slot) else each for each in form.values]
         else:
@@ -111,8 +116,8 @@ def keys_at(forms: Iterable[Form], value: Any) -> set[str]:
     """The keys that a table at a place may have."""
     keys: set[str] = set()
     for form in forms:
-        if isinstance(form, Slot):
-            keys.add(form.registry.key)
+        registry = registry_at((form,))
+        keys |= {registry.key} if registry is not None else set()
         for section in sections(form, value):
             keys.update(section.model_fields)
     return keys
@@ -120,13 +125,17 @@ def keys_at(forms: Iterable[Form], value: Any) -> set[str]:
 
 def places_of(key: str, schema: type[Section], table: dict[str, Any]) -> list[KeyPath]:
     """Every place of ``key`` in the schema, with the components and array items that ``table`` has."""
-    return [(*path, key) for path, section in _all_sections((schema,), table, (), ()) if key in section.model_fields]
+    found = ((*path, key) for path, section in _all_sections((schema,), table, (), ()) if key in section.model_fields)
+    return list(dict.fromkeys(found))  # a place that takes one item or several is found twice
 
 
 def _all_sections(
     forms: tuple[Form, ...], value: Any, path: KeyPath, above: tuple[type[Section], ...]
 ) -> Iterator[tuple[KeyPath, type[Section]]]:
     for form in forms:
+        if isinstance(form, ArrayOf) and isinstance(value, dict | str):
+            yield from _all_sections(form.items, value, path, above)
+            continue
         if isinstance(form, ArrayOf | MappingOf):
             items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
             for part, item in items:
@@ -140,15 +149,18 @@ def _all_sections(
             yield path, section
             for part, field in section.model_fields.items():
                 item = _item(value, part)
-                if item is None and isinstance(field.default, ComponentConfig):
-                    item = field.default.kind
+                default = None if field.is_required() else field.get_default(call_default_factory=True)
+                if item is None and isinstance(default, ComponentConfig):
+                    item = default.kind
                 yield from _all_sections(field_forms(field), item, (*path, part), (*above, section))
 
 
 def _item(value: Any, part: str | int) -> Any:
     if isinstance(value, dict):
         return value.get(part)
-    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+    if isinstance(value, list):
+        return value[part] if isinstance(part, int) and part < len(value) else None
+    return value if part == 0 else None
 
 
 @dataclass(frozen=True)

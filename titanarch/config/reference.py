@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from pydantic.fields import FieldInfo
 
-from titanarch.config.dump import to_table, toml_value
+from titanarch.config.dump import plain, to_table, toml_value
+from titanarch.config.explain import plain_number
 from titanarch.config.places import ArrayOf, Form, MappingOf, field_forms, reachable
 from titanarch.config.registry import SLOT, ComponentConfig
 from titanarch.config.section import Section
@@ -33,11 +34,11 @@ _TYPES: Final = {
 }
 
 _BOUNDS: Final = {
-    "exclusiveMinimum": "> {:g}",
-    "minimum": ">= {:g}",
-    "exclusiveMaximum": "< {:g}",
-    "maximum": "<= {:g}",
-    "multipleOf": "a multiple of {:g}",
+    "exclusiveMinimum": "> {}",
+    "minimum": ">= {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "<= {}",
+    "multipleOf": "a multiple of {}",
     "minItems": "length >= {}",
     "maxItems": "length <= {}",
     "minLength": "length >= {}",
@@ -68,7 +69,7 @@ def _section(section: type[Section], path: str, level: str, *, title: str = "", 
     rows = [_row(section, name, field, properties[name]) for name, field in section.model_fields.items() if not nested[name]]
     if rows:
         yield "\n".join([_COLUMNS, *rows]) + "\n"
-    elif path and not any(nested.values()):
+    elif title and not about and not any(nested.values()):
         yield "No keys of its own.\n"
     for name, forms in nested.items():
         field = section.model_fields[name]
@@ -112,14 +113,22 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "unset"
-    if isinstance(value, ComponentConfig):
-        changed = {key: item for key, item in to_table(value).items() if key == value.kind_key or item != _own_default(value, key)}
-        return f"`{toml_value(value.kind if len(changed) == 1 else changed)}`"
-    return f"`{toml_value(to_table(value) if isinstance(value, Section) else value)}`"
+    return f"`{toml_value(_shortest(value))}`"
+
+
+def _shortest(value: Any) -> Any:
+    """A default as short as a file could give it: of a component, its name and what is not its own default."""
+    if isinstance(value, tuple | list):
+        return [_shortest(item) for item in value]
+    if not isinstance(value, ComponentConfig):
+        return plain(value)
+    table = {key: item for key, item in to_table(value).items() if key == value.kind_key or item != _own_default(value, key)}
+    return value.kind if len(table) == 1 else table
 
 
 def _own_default(config: Section, key: str) -> Any:
-    return type(config).model_fields[key].get_default(call_default_factory=True)
+    """The default of a component's key, as ``to_table`` would write it."""
+    return plain(type(config).model_fields[key].get_default(call_default_factory=True))
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -138,5 +147,9 @@ def _type(schema: Mapping[str, Any]) -> str:
         words = f"table: name to {_type(schema['additionalProperties'])}"
     else:
         words = _TYPES.get(schema.get("type", ""), "any value") if "$ref" not in schema else "table"
-    bounds = [bound.format(schema[key]) for key, bound in _BOUNDS.items() if key in schema]
-    return words + "".join(f"{' ' if bound[0] in '<>' else ', '}{bound}" for bound in bounds)
+    bounds = [bound.format(_bound(schema[key])) for key, bound in _BOUNDS.items() if key in schema]
+    return words + (" " if bounds and bounds[0][0] in "<>" else ", " if bounds else "") + ", ".join(bounds)
+
+
+def _bound(value: Any) -> str:
+    return value if isinstance(value, str) else plain_number(value)

@@ -2,12 +2,31 @@
 
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
+from pydantic_core import CoreSchema, core_schema
 
 Item = TypeVar("Item")
 
 ListOf = Annotated[tuple[Item, ...], Strict(False)]
 """A TOML array as a tuple; its items stay strictly typed."""
+
+
+class _OneOrMore:
+    """Lets a single item stand for an array of one."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def as_tuple(value: Any) -> tuple[Any, ...]:
+            return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+        return core_schema.no_info_before_validator_function(as_tuple, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        array = handler(schema)
+        return {"anyOf": [array["items"], array]}
+
+
+OneOrMore = Annotated[tuple[Item, ...], _OneOrMore()]
+"""An item or a TOML array of items, as a tuple."""
 
 FREE: dict[str, Any] = {"identity": False}
 """``Field(..., json_schema_extra=FREE)``: a run may be resumed with another value."""

@@ -38,9 +38,14 @@ class Node:
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
     def find(self, path: KeyPath) -> tuple["Node", int]:
-        """The deepest node on the way to ``path`` that was written, and how many parts of the path lead to it."""
+        """The deepest node on the way to ``path`` that was written, and how many parts of the path lead to it.
+
+        Index 0 of what is no array is that value itself: a single item may stand for an array of one.
+        """
         node = self
         for depth, part in enumerate(path):
+            if part == 0 and not isinstance(node.value, list):
+                continue
             inside = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
             if not isinstance(inside, dict) or part not in inside:
                 return node, depth

@@ -72,9 +72,8 @@ class RowLoader(ABC, Iterator[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Where to go on. Raises RuntimeError inside a step, where ranks and micro-batches would be in the state."""
         if self._micro_batch:
-            raise RuntimeError(
-                f"the data state was asked for after {self._micro_batch} of {self.accumulation_steps} micro-batches of a step"
-            )
+            done = f"{self._micro_batch} of {self.accumulation_steps} micro-batches"
+            raise RuntimeError(f"the data state was asked for inside a step, after {done}")
         return {"data": self._fingerprint, "phases": [[self.seq_len, self.next_row]]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,7 +94,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for state in states[1:]:
         if {**state, "cursors": None} != {**merged, "cursors": None}:
             raise ValueError("the ranks' data states were not taken after the same step")
-        merged["cursors"] = {**merged.get("cursors", {}), **state.get("cursors", {})}
+        if "cursors" in merged:
+            merged["cursors"] = {**merged["cursors"], **state["cursors"]}
     return merged
 
 

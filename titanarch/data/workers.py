@@ -1,6 +1,8 @@
 """Loader processes. torchdata's StatefulDataLoader is their pool; the state of a run is never theirs."""
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
@@ -13,12 +15,18 @@ from titanarch.data.rows import IndexedRows
 from titanarch.data.streams import StreamReader, StreamRow
 
 NEVER = 1 << 40  # steps between the pool's own snapshots, which nothing reads
-START_METHOD = "forkserver"  # a fork of the trainer may copy a lock that one of its threads holds
 
 
 def _as_it_is(item: Any) -> Any:
     """The pool's collate function: its own would turn arrays into tensors."""
     return item
+
+
+def _start_method() -> BaseContext:
+    """A server that imports this module once and forks: a fork of the trainer may copy a lock that a thread holds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _FirstRows(Sampler[int]):
@@ -56,7 +64,7 @@ class IndexedWorkers:
                 num_workers=n_workers,
                 collate_fn=_as_it_is,
                 snapshot_every_n_steps=NEVER,
-                multiprocessing_context=START_METHOD,
+                multiprocessing_context=_start_method(),
             )
         )
 
@@ -104,7 +112,7 @@ class StreamWorkers:
                 collate_fn=_as_it_is,
                 prefetch_factor=max(2, self._n_streams // n_workers),
                 snapshot_every_n_steps=NEVER,
-                multiprocessing_context=START_METHOD,
+                multiprocessing_context=_start_method(),
             )
         )
         self._place = 0

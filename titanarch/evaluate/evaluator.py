@@ -71,7 +71,7 @@ class Subject:
 
     def _compute(self, windows: Windows) -> np.ndarray:
         ranks, length, width = self.ranks, windows.length, windows.width
-        n_rows = min(max(1, self.batch_tokens // length), -(-len(windows) // ranks.degree))
+        n_rows = self._rows_at_once(length)
         losses_WR = np.zeros((len(windows), width), dtype=np.float32)
         with evaluating(self.model):
             # every process makes the same number of forwards of the same shape: under FSDP each one is collective
@@ -86,19 +86,28 @@ class Subject:
             return losses_WR
         return summed(torch.from_numpy(losses_WR), device=self.device, reduce=ranks.reduce).numpy()
 
+    def _rows_at_once(self, length: int) -> int:
+        """Rows of a forward, alike under all rules, since each new shape costs a compiled model a compilation."""
+        fitting = max(1, self.batch_tokens // length)
+        if not self.max_tokens:
+            return fitting
+        own_windows = -(-max(1, self.max_tokens // length) // self.ranks.degree)
+        return min(fitting, own_windows)
+
     def mean_row(self, windows: Windows) -> dict[str, Value]:
         """The means over all scored targets: loss, perplexity, bits per byte, the baselines' losses, and the counts."""
         scored_WR, targets = windows.scored_WR, windows.targets(self.documents)
         loss = float(self.losses(windows)[scored_WR].mean(dtype=np.float64))
         row: dict[str, Value] = {"rule": windows.rule, "length": windows.length, "loss": loss, "perplexity": exp(loss)}
-        n_bytes = self._bytes(targets[:, 1:][scored_WR])
+        n_targets, n_bytes = int(scored_WR.sum()), self._bytes(targets[:, 1:][scored_WR])
         if n_bytes:
-            row["bits_per_byte"] = loss * int(scored_WR.sum()) / (math.log(2) * n_bytes)
+            row |= {"bits_per_byte": loss * n_targets / (math.log(2) * n_bytes), "bytes": n_bytes}
+        row["targets"] = n_targets
         if self.ngrams is not None:
             previous, target = targets[:, :-1][scored_WR], targets[:, 1:][scored_WR]
             row["unigram_loss"] = float(self.ngrams.unigram_losses(target).mean())
             row["bigram_loss"] = float(self.ngrams.bigram_losses(previous, target).mean())
-        return row | {"targets": int(scored_WR.sum()), "bytes": n_bytes}
+        return row
 
     def _bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text of ``ids``; 0 where the tokenizer cannot say, which is told."""

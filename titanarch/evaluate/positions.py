@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from pydantic import Field
 
-from titanarch.evaluate.evaluator import Evaluator, EvaluatorConfig, Row, Subject, evaluator, skipped
+from titanarch.evaluate.evaluator import Evaluator, EvaluatorConfig, Row, Subject, evaluator
 from titanarch.evaluate.windows import whole_windows
 
 EARLY, LATE, AROUND = 50, 500, 10
@@ -40,37 +40,39 @@ class Positions(Evaluator):
     def run(self, subject: Subject) -> Iterator[tuple[str, Row]]:
         readable = [length for length in subject.lengths if not subject.why_not(length)]
         if not readable:
-            yield "position_scores", skipped("icl_score", max(subject.lengths), "no length can be measured")
+            reason = subject.why_not(min(subject.lengths))
+            yield "position_scores", {"score": "all", "length": min(subject.lengths), "note": f"skipped: {reason}"}
             return
         length = max(readable)
         windows = whole_windows(subject.documents.lengths_N, length, subject.max_tokens)
         losses_WT = subject.losses(windows)
         edges = log_edges(length, self.config.bins_per_octave)
-        for (first, end), interval in zip(edges, self._intervals(losses_WT, _bin_weights(edges, length), windows.document_W), strict=True):
-            yield "loss_by_position", {"first": first, "last": end - 1, "count": (end - first) * len(windows)} | interval
-        for name, weight_T in (("icl_score", icl_weights(length)), ("extrapolation_slope", slope_weights(subject.train_seq_len, length))):
+        by_bin = self._intervals(losses_WT, _bin_weights(edges, length), windows.document_W)
+        for (first, end), (mean, bounds) in zip(edges, by_bin, strict=True):
+            yield "loss_by_position", {"first": first, "last": end - 1, "loss": mean, **bounds, "count": (end - first) * len(windows)}
+        scores = {"icl_score": icl_weights(length), "extrapolation_slope": slope_weights(subject.train_seq_len, length)}
+        for score, weight_T in scores.items():
             if isinstance(weight_T, str):
-                yield "position_scores", skipped(name, length, weight_T)
+                yield "position_scores", {"score": score, "length": length, "note": f"skipped: {weight_T}"}
             else:
-                (interval,) = self._intervals(losses_WT, weight_T[:, None], windows.document_W)
-                yield "position_scores", {"score": name, "length": length} | interval
+                ((mean, bounds),) = self._intervals(losses_WT, weight_T[:, None], windows.document_W)
+                yield "position_scores", {"score": score, "length": length, "value": mean, **bounds}
 
-    def _intervals(self, losses_WT: np.ndarray, weight_TS: np.ndarray, document_W: np.ndarray) -> list[dict[str, float]]:
-        """Mean over windows of each linear statistic of the losses by position, and its 95 % interval."""
+    def _intervals(self, losses_WT: np.ndarray, weight_TS: np.ndarray, document_W: np.ndarray) -> list[tuple[float, dict[str, float]]]:
+        """Mean over windows of each linear statistic of the losses by position, and its 95 % interval, if it has one."""
         statistic_WS = losses_WT.astype(np.float64) @ weight_TS
         means_S = statistic_WS.mean(axis=0).tolist()
         bounds = bootstrap(statistic_WS, document_W, self.config.resamples)
-        if bounds is None:  # one document says nothing about others
-            return [{"loss": mean} for mean in means_S]
+        if bounds is None:
+            return [(mean, {}) for mean in means_S]
         low_S, high_S = bounds
-        return [
-            {"loss": mean, "low_95": low, "high_95": high} for mean, low, high in zip(means_S, low_S.tolist(), high_S.tolist(), strict=True)
-        ]
+        return [(mean, {"low_95": low, "high_95": high}) for mean, low, high in zip(means_S, low_S.tolist(), high_S.tolist(), strict=True)]
 
 
 def log_edges(length: int, per_octave: int) -> list[tuple[int, int]]:
     """Positions 0 to ``length`` in bins [first, end) whose ends grow by a factor, each at least one position."""
-    ends, n = [], 0
+    ends: list[int] = []
+    n = 0
     while not ends or ends[-1] < length:
         end = min(round(2 ** (n / per_octave)), length)
         if not ends or end > ends[-1]:
@@ -106,7 +108,10 @@ def slope_weights(train_seq_len: int, length: int) -> np.ndarray | str:
 
 
 def bootstrap(statistic_WS: np.ndarray, document_W: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """2.5th and 97.5th percentile [S] of the mean over windows when documents are drawn anew; None of one document."""
+    """2.5th and 97.5th percentile [S] of the mean over windows when documents are drawn anew.
+
+    None where there is one document, which says nothing about others.
+    """
     _, document_W = np.unique(document_W, return_inverse=True)
     n_windows_N = np.bincount(document_W)
     if len(n_windows_N) < 2:

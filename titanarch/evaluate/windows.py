@@ -29,7 +29,7 @@ class Documents:
 
     def read(self, document: int, first: int, n_tokens: int) -> np.ndarray:
         """Tokens ``first`` to ``first + n_tokens`` of a document, in the stored dtype."""
-        assert 0 <= first and first + n_tokens <= self.lengths_N[document], "a window lies in one document"
+        assert 0 <= first <= self.lengths_N[document] - n_tokens, "a window lies in one document"
         return self._data.read(int(self._starts[document]) + first, n_tokens)
 
 

@@ -157,11 +157,10 @@ class TimeBudget(Budget):
     def _agree(self, step: int) -> None:
         """Take process 0's time, its pace, and the step of the next agreement."""
         seconds = self.stopwatch.seconds
-        first = self._heard_step is None
         pace = 0.0 if self._heard_step is None or step <= self._heard_step else (seconds - self._heard_seconds) / (step - self._heard_step)
         interval = 1
         if dist.is_initialized() and dist.get_world_size() > 1:
-            if pace > 0 and not first:
+            if pace > 0:
                 until = min(SECONDS_BETWEEN_AGREEMENTS, max(self.seconds - seconds, 0.0))
                 interval = max(1, min(int(until / pace), MOST_STEPS_BETWEEN_AGREEMENTS))
             heard = torch.tensor([seconds, pace, float(interval)], dtype=torch.float64)

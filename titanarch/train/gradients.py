@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titanarch.train.local_adam import shard_of
+from titanarch.train.local_optimizers import shard_of
 
 OnNonFinite = Literal["stop", "skip"]
 
@@ -223,5 +223,5 @@ def _raise_unless_finite(step: int, loss: float, norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {step}: the loss is {loss} and the gradient norm {norm}; lower optimizer.lr or training.max_norm, raise "
-            "lr_scheduler.warmup_steps, or let such steps be skipped"
+            "lr_scheduler.warmup_steps, or skip such steps with training.on_nonfinite = 'skip'"
         )

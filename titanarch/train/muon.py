@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titanarch.train.local_adam import shard_of
+from titanarch.train.local_optimizers import shard_of
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iteration drives every singular value towards 1."""

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from titanarch.config.errors import ConfigError, Problem, did_you_mean
 from titanarch.config.registry import ComponentConfig, Registry
 from titanarch.contract.roles import Kind, Role
-from titanarch.train.local_adam import LocalAdam
+from titanarch.train.local_optimizers import LocalAdam, LocalSGD
 from titanarch.train.muon import LocalMuon
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -153,9 +153,7 @@ class SGD(OptimizerKind):
         assert isinstance(config, SGDConfig), "the registry pairs SGD with SGDConfig"
         options = [group.options(lr=config.lr, weight_decay=config.weight_decay) for group in groups]
         return [
-            torch.optim.SGD(
-                options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=config.fused, foreach=config.foreach
-            )
+            LocalSGD(options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=config.fused, foreach=config.foreach)
         ]
 
 

@@ -164,7 +164,7 @@ class Trainer:
             return {}
         with self.meter.paused(), self.budget.stopwatch.paused():
             losses = {
-                name: validation_loss(self.model, batches, self.processes.device, self.processes.sum)[0]
+                name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.processes.sum)[0]
                 for name, batches in self.validation_sets.items()
             }
         self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
@@ -237,6 +237,7 @@ class Trainer:
                 device=self.processes.device,
                 dp_rank=self.processes.rank,
                 dp_degree=self.processes.world_size,
+                reduce=self.processes.sum,
             )
         return {
             "run": str(self.folder.path),
@@ -252,6 +253,7 @@ class Trainer:
             "wall_seconds": wall_seconds,
             "losses": {name.removesuffix("_loss"): value for name, value in losses.items()},
             "evaluation": evaluation.rows,
+            "evaluation_tables": evaluation.to_json(),
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }
 

@@ -85,9 +85,12 @@ class TextSource(Source):
         self._finished_bytes = sum(file.n_bytes for file in self.files[: start.file])
         for number in range(start.file, len(self.files)):
             file = self.files[number]
-            with ByteStream(file, offset=start.offset if number == start.file else 0) as self._stream:
-                yield number, self._stream
-            self._stream = None
+            with ByteStream(file, offset=start.offset if number == start.file else 0) as stream:
+                self._stream = stream
+                try:
+                    yield number, stream
+                finally:  # also where reading is given up half-way
+                    self._stream = None
             self._finished_bytes += file.n_bytes
 
 

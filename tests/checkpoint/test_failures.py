@@ -1,0 +1,141 @@
+"""Full disks, folders that cannot be written, and checkpoints made to do harm."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from tests.checkpoint.common import assert_filled, checkpointer, filled, names, one_process, save_steps
+from titanarch.checkpoint import saving
+from titanarch.checkpoint.errors import CheckpointError
+from titanarch.checkpoint.marker import MARKER
+from titanarch.checkpoint.store import load
+
+__all__ = ["one_process"]
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, *, after_bytes: int) -> Iterator[None]:
+    """A file system that takes ``after_bytes`` more bytes of a file, and then none."""
+    create = FileSystem.create_stream
+
+    @contextmanager
+    def create_stream(self: FileSystem, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with create(self, path, mode) as stream:
+            if "w" in mode:
+                write = stream.write
+
+                class Full:
+                    def __getattr__(self, name: str) -> Any:
+                        return getattr(stream, name)
+
+                    def write(self, data: Any) -> int:
+                        if stream.tell() + len(memoryview(data).cast("B")) > after_bytes:
+                            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+                        return write(data)
+
+                yield Full()
+            else:
+                yield stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", create_stream)
+        yield
+
+
+@pytest.mark.parametrize(("mode", "after_bytes"), [("async", 2000), ("disabled", 2000), ("async", 0)])
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, mode: str, after_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = checkpointer(tmp_path, async_mode=mode, keep_latest_k=1)
+    saver.save(1, filled(1), config_text="", force_sync=True)
+    with (
+        full_disk(monkeypatch, after_bytes=after_bytes),
+        pytest.raises(CheckpointError, match=r"step-00000002: the disk is full.*Free space"),
+    ):
+        saver.save(2, filled(2), config_text="")
+        saver.wait()
+    assert names(tmp_path) == ["step-00000001"]
+    state = filled(0)
+    saver.load(state)
+    assert_filled(state, 1)
+    saver.save(3, filled(3), config_text="")  # with room again, the same object goes on
+    saver.close()
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_a_failed_upload_is_raised_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = checkpointer(tmp_path)
+    with full_disk(monkeypatch, after_bytes=0):
+        saver.save(1, filled(1), config_text="")
+        saver._thread.submit(lambda: None).result()  # the upload has ended
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.maybe_wait()
+    saver.maybe_wait()  # said once
+    saver.close()
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        saver = checkpointer(disk)
+        saver.save(1, filled(1), config_text="")
+        with pytest.raises(CheckpointError, match="step-00000002: the disk is full"):
+            saver.save(2, filled(2, size=2_000_000), config_text="", force_sync=True)
+        state = filled(0)
+        assert saver.load(state) is not None
+        assert_filled(state, 1)
+        saver.close()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    saver = checkpointer(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints/step-00000001: the checkpoint was not written .*NotADirectoryError"):
+        saver.save(1, filled(1), config_text="", force_sync=True)
+    saver.close()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (os.mkdir, ("executed",))
+
+
+def test_a_malicious_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, [1])
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "checkpoints/step-00000001"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"][".metadata"] = (folder / ".metadata").stat().st_size
+    (folder / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match=r"refused: it names posix\.mkdir"):
+        load(tmp_path / "checkpoints", filled(0))
+    assert not Path("executed").exists()
+    pickle.loads((folder / ".metadata").read_bytes())
+    assert Path("executed").exists(), "the pickle was harmless: the test proves nothing"
+
+
+def test_pickled_objects_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = saving.collect
+    with monkeypatch.context() as patch:  # what a foreign program might have written
+        patch.setattr("titanarch.checkpoint.store.collect", lambda state, processes: collect(state, processes) | {"model.w": Evil()})
+        patch.setattr("titanarch.checkpoint.store.stage", lambda tensors, shared: tensors)
+        save_steps(tmp_path, [1])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"'model\.w' is no tensor in the checkpoint"):
+        load(tmp_path / "checkpoints", filled(0))
+    assert not Path("executed").exists()

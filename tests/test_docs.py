@@ -1,0 +1,239 @@
+"""What the pages in docs/ say is true: the generated page, the paths, keys and TOML they name, and the example mixer."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_distributed
+from tests.models.materialize import materialized
+from tests.parallel.test_mixer_contract import SHAPE, inputs, outcome, packed_rows
+from titanarch.config.errors import ConfigError
+from titanarch.config.load import load_config
+from titanarch.config.registry import Registry
+from titanarch.config.section import Section
+from titanarch.contract.init import Init, InitConfig, qualified_names
+from titanarch.contract.mixer import MIXERS, SequenceMixer
+from titanarch.contract.model import MODELS, Model
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.split import ContextParallel
+from titanarch.parallel.context_parallel import apply_context_parallel, shard_sequence
+from titanarch.parallel.tensor_parallel import apply_tensor_parallel
+from titanarch.train.check import meta_model
+from titanarch.train.run_config import RunConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
+GENERATED = DOCS / "configuration.md"
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if path != GENERATED)
+EXAMPLE = "adding_a_mixer.md"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def python(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """The interpreter of the tests on this repository, run in ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_pages_are_there() -> None:
+    wanted = {"design", "from_the_notes", "adding_a_mixer", "data", "checkpoints", "evaluation"}
+    assert {f"{name}.md" for name in wanted} <= set(PAGES)
+
+
+def test_the_page_of_keys_is_current() -> None:
+    """In a process of its own, since tests register components that the page must not list."""
+    made = python("-m", "titanarch", "config", "docs")
+    assert made.returncode == 0, made.stderr
+    message = "docs/configuration.md is stale: python -m titanarch config docs > docs/configuration.md"
+    assert GENERATED.read_text("utf-8") == made.stdout, message
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (DOCS / page).read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (DOCS / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str) -> None:
+    text = (DOCS / page).read_text("utf-8")
+    named = set(re.findall(r"(?<![\w/.-])((?:titanarch|tests|train_configs|docs|scripts|benchmarks)/[\w./-]*\w)", text))
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != EXAMPLE])
+def test_toml_is_valid(page: str, tmp_path: Path) -> None:
+    """Each block, laid over the smallest shipped configuration."""
+    for number, block in enumerate(blocks(page, "toml")):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(f'extends = "{REPOSITORY}/train_configs/debug.toml"\n{block}')
+        load_config(file, [], RunConfig)
+
+
+def fields_of(section: type[Section], name: str) -> Iterator[type[Section]]:
+    """The sections that may stand in a field: its own, or those of the components that it can name."""
+    field = section.model_fields[name]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        yield field.annotation
+    for registry in field.metadata:
+        if isinstance(registry, Registry):
+            yield from (registry[component].Config for component in registry)  # type: ignore[attr-defined]
+
+
+def is_key(key: str) -> bool:
+    """Whether ``section.key`` is one; deeper keys are followed as long as they name sections."""
+    names, sections = key.split("."), [RunConfig]
+    for name in names[:-1]:
+        sections = [inner for section in sections if name in section.model_fields for inner in fields_of(section, name)]
+        if sections and name == "mixers":
+            return True
+    return any(names[-1] in (*section.model_fields, "kind", "name") for section in sections)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_that_are_named_exist(page: str) -> None:
+    text = (DOCS / page).read_text("utf-8")
+    sections = "|".join(RunConfig.model_fields)
+    named = set(re.findall(rf"(?:`|--)((?:{sections})(?:\.[a-z_0-9]+)+)\b(?!\.\w|/)", text)) - {"job.config_file"}
+    assert {key for key in named if not is_key(key)} == set()
+
+
+@pytest.mark.parametrize(("key", "known"), [("training.steps", True), ("optimizer.ns_steps", True), ("training.stepz", False), ("x.y", False)])
+def test_a_wrong_key_is_found(key: str, known: bool) -> None:
+    assert is_key(key) is known
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two files of the example, as beside run_train.sh."""
+    folder = tmp_path_factory.mktemp("example")
+    (module,), toml = blocks(EXAMPLE, "python"), blocks(EXAMPLE, "toml")
+    (folder / "moving_average.py").write_text(module)
+    (folder / "moving_average.toml").write_text(toml[0])
+    (folder / "external.toml").write_text(f'extends = "train_configs/debug.toml"\n{toml[1]}')
+    (folder / "train_configs").symlink_to(REPOSITORY / "train_configs")
+    return folder
+
+
+def mixed_on_every_process(folder: str) -> list[str]:
+    """On two processes: each way of dividing the example equals one process, outputs and gradients; which ways."""
+    sys.path.insert(0, folder)
+    config_class = importlib.import_module("moving_average").MovingAverageConfig
+
+    def build() -> SequenceMixer:
+        mixer = MIXERS["moving_average"](config_class(n_heads=4), SHAPE, 0).double()  # type: ignore[call-arg]
+        mixer.reset_parameters(Init(InitConfig(std=0.3), names=qualified_names(mixer), seed=1, n_layers=1))
+        assert isinstance(mixer, SequenceMixer)
+        return mixer
+
+    mesh, (x, weights) = init_device_mesh("cpu", (dist.get_world_size(),)), inputs()
+    group, seq, length = mesh.get_group(), packed_rows(), inputs()[0].shape[1]
+    expected = outcome(build(), x, seq, weights)
+    part = slice(group.rank() * length // group.size(), (group.rank() + 1) * length // group.size())
+    for method in ("tensor", *(method.value for method in build().context_parallel)):
+        mixer = build()
+        if method == "tensor":
+            apply_tensor_parallel(mixer, mesh)
+            found = outcome(mixer, x, seq, weights)
+        else:
+            apply_context_parallel(mixer, group, ContextParallel(method))
+            found = outcome(mixer, x[:, part], shard_sequence(seq, group), weights[:, part])
+        for name, value in found.items():
+            whole, wanted = value.full_tensor() if isinstance(value, DTensor) else value, expected[name]
+            if method != "tensor" and name in ("output", "input"):
+                wanted = wanted[:, part]
+            elif method != "tensor":
+                dist.all_reduce(whole)
+            torch.testing.assert_close(whole, wanted, rtol=1e-10, atol=1e-12, msg=lambda text, at=(method, name): f"{at}: {text}")
+    if group.rank() == 0:
+        check_model(Path(folder))
+    return ["tensor", *(method.value for method in build().context_parallel)]
+
+
+def check_model(folder: Path) -> None:
+    """The example's TOML builds a model that is causal, keeps documents apart, decodes, and costs what it has."""
+    overrides = ["--training.seq_len=16", "--model.n_layers=3", "--model.d_model=24"]
+    config = load_config(folder / "moving_average.toml", overrides, RunConfig).config
+    model = materialized(lambda: MODELS.of(config.model)(config.model, 50, 16)).double()
+    assert isinstance(model, Model)
+    assert MODELS.of(config.model).cost(config.model, 50, 16).parameters == sum(p.numel() for p in model.parameters())
+    tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    place = torch.arange(16)
+    position, document = torch.where(place < 7, place, place - 7).expand(2, 16), (place >= 7).long().expand(2, 16)
+    with torch.no_grad():
+        packed = model.logits(tokens, SequenceInfo(position, document, place, torch.arange(2), length=16, seed=None))
+        whole = model.logits(tokens, SequenceInfo.whole(2, 16))
+        alone = model.logits(tokens[:, 7:], SequenceInfo.whole(2, 9))
+        torch.testing.assert_close(packed, torch.cat([whole[:, :7], alone], 1).to(packed.dtype), rtol=1e-9, atol=1e-9)
+        changed = tokens.clone()
+        changed[:, 9] = (changed[:, 9] + 1) % 50
+        assert torch.equal(model.logits(changed, SequenceInfo.whole(2, 16))[:, :9], whole[:, :9])
+        states = model.initial_state(2)
+        for index in range(16):
+            logits, states = model.step(tokens[:, index : index + 1], index, states)
+            torch.testing.assert_close(logits, whole[:, index], rtol=1e-9, atol=1e-9)
+
+
+def test_the_example_keeps_the_contract(example: Path) -> None:
+    assert run_distributed(mixed_on_every_process, 2, str(example)) == [["tensor", "state", "heads"]] * 2
+
+
+def test_the_example_trains(example: Path) -> None:
+    options: dict[str, Any] = {
+        "job.dump_folder": example / "run",
+        "model.n_layers": 3,
+        "data.limit_documents": 2,
+        "data.cache_dir": example / "cache",
+        "training.seq_len": 32,
+        "training.global_batch_size": 4,
+        "training.steps": 3,
+        "lr_scheduler.warmup_steps": 1,
+        "checkpoint.enable": "false",
+        "metrics.log_freq": 1,
+        "metrics.sinks": '["jsonl"]',
+        "validation.enable": "false",
+        "evaluation.enable": "false",
+    }
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    trained = python("-m", "titanarch", "train", "--config", "moving_average.toml", *arguments, folder=example)
+    assert trained.returncode == 0, trained.stderr
+    rows = [json.loads(line) for line in (example / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(9.01, abs=0.1), "about ln 8,192 at the start"
+    assert losses[2] < losses[0]
+
+
+def test_the_external_example_builds(example: Path) -> None:
+    config = load_config(example / "external.toml", [], RunConfig).config
+    names = {name for name, _ in meta_model(config, 8192).named_parameters()}
+    assert "layers.0.mixer.wrapped.weight_hh_l0" in names
+
+
+def test_the_example_refuses_what_does_not_divide(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that the page's mixer raises, without leaving the mixer registered for other tests."""
+    known = dict(MIXERS._components)
+    monkeypatch.setattr(MIXERS, "_components", known)
+    monkeypatch.syspath_prepend(str(example))
+    try:
+        config = load_config(example / "moving_average.toml", ["--model.mixers.moving_average.n_heads=5"], RunConfig).config
+        with pytest.raises(ConfigError, match=r"d_model \(384\) is not a multiple of n_heads \(5\)"):
+            meta_model(config, 8192)
+    finally:
+        sys.modules.pop("moving_average", None)
