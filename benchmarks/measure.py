@@ -102,7 +102,6 @@ def compare(
     n_rounds: int,
     n_warmup: int = 1,
     synchronize: Callable[[], object] | None = None,
-    progress: bool = True,
 ) -> Comparison:
     """``n_rounds`` rounds of A B B A, each followed by A A A A. The programs: (name, function without arguments)."""
     (first_name, a), (second_name, b) = first, second
@@ -113,10 +112,9 @@ def compare(
     for i in range(n_rounds):
         rounds.append([call(program, synchronize) for program in (a, b, b, a)])
         control.append([call(a, synchronize) for _ in range(4)])
-        if progress:
-            print(f"\r{first_name} / {second_name}: round {i + 1} of {n_rounds}", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
+        if sys.stderr.isatty():
+            end = "\n" if i + 1 == n_rounds else ""
+            print(f"\r{first_name} / {second_name}: round {i + 1} of {n_rounds}", end=end, file=sys.stderr, flush=True)
     control_ratio = bootstrap_ratio(_ratios(control, "wall_seconds"))
     return Comparison(
         first=first_name,

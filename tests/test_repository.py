@@ -91,16 +91,21 @@ def header_of(text: str) -> str:
 
 
 def header_problems(text: str, path: Path) -> Iterator[str]:
-    """What the opening comment of a configuration does not tell."""
+    """What the opening comment of a configuration does not tell. ``path`` is relative to the repository."""
     header = header_of(text)
-    first = header.split("\n", 1)[0]
-    if len(first.split()) < 3:
-        yield "the first line does not say its purpose"
-    for word in ("hardware", "time", "loss"):
-        if not re.search(rf"\b{word}\b", header, re.IGNORECASE):
-            yield f"no word on {word}"
-    if not re.search(rf"(run_train\.sh|titanarch)\b.*{re.escape(path.as_posix())}\b", header):
-        yield f"no command that runs {path}"
+    if len(header.split("\n", 1)[0].removeprefix("Purpose:").split()) < 3 or not header.startswith("Purpose: "):
+        yield "the first line is no 'Purpose: ...'"
+    if not re.search(r"^Hardware: \S", header, re.MULTILINE):
+        yield "no line 'Hardware: ...'"
+    reference = re.search(r"Expected: as ([\w.-]+\.toml)", header)
+    expected = header.partition("Expected")[2].partition("Command:")[0]
+    if not (reference and (REPOSITORY / path.parent / reference[1]).is_file()):
+        if not re.search(r"\b(time|seconds|minutes|hours|days)\b", expected):
+            yield "no expected time"
+        if not re.search(r"\bloss\b", expected):
+            yield "no expected loss"
+    if not re.search(rf"^Command: \S.* {re.escape(path.as_posix())}\b", header, re.MULTILINE):
+        yield f"no line 'Command: ...' that runs {path}"
 
 
 def test_the_shipped_configurations_are_there() -> None:
@@ -124,9 +129,9 @@ def test_a_wrong_configuration_does_not_load(tmp_path: Path) -> None:
         load_config(file, [], RunConfig)
 
 
-GOOD_HEADER = """# A small model with ALiBi, to see that everything works.
-# Hardware: 2 cores.  Expected time: 9 minutes.  Expected loss: 4.9 nats.
-# ./run_train.sh --config train_configs/a.toml
+GOOD_HEADER = """# Purpose: a small model with ALiBi, to see that everything works.
+# Hardware: 2 cores. Expected: 9 minutes, loss 4.9 nats.
+# Command: ./run_train.sh --config train_configs/a.toml
 [model]
 """
 
@@ -134,18 +139,20 @@ GOOD_HEADER = """# A small model with ALiBi, to see that everything works.
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("A small model with ALiBi, to see that everything works.", "A test.", "the first line does not say its purpose"),
-        ("Hardware", "On", "no word on hardware"),
-        ("Expected time", "Takes", "no word on time"),
-        ("Expected loss", "Reaches", "no word on loss"),
-        ("a.toml", "b.toml", "no command that runs train_configs/a.toml"),
-        ("# A small", "\n# A small", "no word on loss"),
+        ("a small model with ALiBi, to see that everything works.", "A test.", "the first line is no 'Purpose: ...'"),
+        ("# Purpose", "\n# Purpose", "the first line is no 'Purpose: ...'"),
+        ("Hardware:", "On", "no line 'Hardware: ...'"),
+        ("9 minutes", "", "no expected time"),
+        ("loss", "", "no expected loss"),
+        ("9 minutes, loss 4.9 nats.", "as missing.toml", "no expected loss"),
+        ("a.toml", "b.toml", "no line 'Command: ...' that runs train_configs/a.toml"),
     ],
 )
 def test_a_poor_header_is_found(old: str, new: str, problem: str) -> None:
     path = Path("train_configs/a.toml")
     assert list(header_problems(GOOD_HEADER, path)) == []
     assert problem in header_problems(GOOD_HEADER.replace(old, new), path)
+    assert list(header_problems(GOOD_HEADER.replace("9 minutes, loss 4.9 nats.", "as debug.toml"), path)) == []
 
 
 def sections() -> set[type[Section]]:

@@ -38,13 +38,15 @@ scalars = (
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text(), values, max_size=5))
 def test_any_table_is_read_back(table: dict[str, Any]) -> None:
     assert tomllib.loads(dump_toml(Anything(values=table))) == {"values": table}
 
 
-@pytest.mark.parametrize("value", [1, True, 0.1, 1e-5, 1e22, float("inf"), "\x00\x1f\x7f\u0085\"\\'''\r\n", date(1, 2, 3), time(1, 2), datetime(1, 2, 3)])
+@pytest.mark.parametrize(
+    "value", [1, True, 0.1, 1e-5, 1e22, float("inf"), "\x00\x1f\x7f\u0085\"\\'''\r\n", date(1, 2, 3), time(1, 2), datetime(1, 2, 3)]
+)
 def test_types_are_kept(value: Any) -> None:
     read = tomllib.loads(f"key = {toml_value(value)}")["key"]
     assert read == value
@@ -119,7 +121,11 @@ def test_a_long_array_has_an_item_a_line() -> None:
 
 def test_the_plain_table_holds_what_the_components_hold() -> None:
     config = Attention.Config(position=(Rotary.Config(theta=2.0),))
-    assert to_table(config) == {"kind": "attention", "n_heads": 8, "position": [{"kind": "rotary", "theta": 2.0, "scaling": {"factor": 1.0}}]}
+    assert to_table(config) == {
+        "kind": "attention",
+        "n_heads": 8,
+        "position": [{"kind": "rotary", "theta": 2.0, "scaling": {"factor": 1.0}}],
+    }
 
 
 def test_none_is_left_out_only_where_it_is_the_default() -> None:

@@ -50,9 +50,9 @@ WHOLE = "model = 'decoder'\ntraining.steps = 10\n"  # two lines
             "[training] deterministic: wants true or false, got the string 'True'; write true, without quotes",
         ),
         ("job.comment = 2024-01-02", "[job] comment: wants a string, got the date or time 2024-01-02"),
-        ("job.comment = ['a']", "[job] comment: wants a string, got the array [\"a\"]"),
+        ("job.comment = ['a']", '[job] comment: wants a string, got the array ["a"]'),
         ("metrics = 3", "metrics: wants a table, got the integer 3"),
-        ("data.sources = { path = 'x' }", "[data] sources: wants an array, got the table { path = \"x\" }"),
+        ("data.sources = { path = 'x' }", '[data] sources: wants an array, got the table { path = "x" }'),
         ("data.sources = ['x']", "[data] sources[0]: wants a table, got the string 'x'"),
         ("training.betas = [0.9, 'x']", "[training] betas[1]: wants a number, got the string 'x'"),
         ("training.betas = [0.9]", "[training] betas: needs 2 items or more, got the array [0.9]"),
@@ -80,34 +80,58 @@ def test_one_wrong_line(tmp_path: Path, line: str, shown: str) -> None:
         ("name = 'decoder'\nrelative = ['alibi', 'alibj']", "3: [model] relative[1]: unknown position 'alibj'; did you mean 'alibi'?"),
         (
             "name = 'decoder'\nrelative = 3",
-            "3: [model] relative: wants the name of a known position (alibi, learned, rotary) or a table with 'kind' or an array, got the integer 3",
+            "3: [model] relative: wants the name of a known position (alibi, learned, rotary) or a table with 'kind' or an array, "
+            "got the integer 3",
         ),
-        ("name = 'decoder'\nrelative = 'learned'", "3: [model.relative] max_length: missing, and has no default; it is: rows of the table, tokens"),
+        (
+            "name = 'decoder'\nrelative = 'learned'",
+            "3: [model.relative] max_length: missing, and has no default; it is: rows of the table, tokens",
+        ),
         (
             "name = 'decoder'\n[model.relative]\nkind = 'rotary'\n\nteta = 1.0",
             "6: [model.relative] teta: unknown key; did you mean 'theta'?",
         ),
         ("name = 'decoder'\nrelative = { kind = 'rotary', theta = 'x' }", "3: [model.relative] theta: wants a number, got the string 'x'"),
         ("name = 'decoder'\ntheta = 1.0\nrelative = 'rotary'", "3: [model] theta: unknown key; did you mean 'model.relative.theta'?"),
-        ("name = 'decoder'\n[model.relative]\nkind = 'rotary'\n[model.relative.scaling]\nfaktor = 1.0", "6: [model.relative.scaling] faktor: unknown key; did you mean 'factor'?"),
+        (
+            "name = 'decoder'\n[model.relative]\nkind = 'rotary'\n[model.relative.scaling]\nfaktor = 1.0",
+            "6: [model.relative.scaling] faktor: unknown key; did you mean 'factor'?",
+        ),
         ("name = 'decoder'\nlayers = []", "3: [model] layers: needs 1 item or more, got the array []"),
         ("name = 'decoder'\nlayers = [\n'a',\n2]", "5: [model] layers[1]: wants a string, got the integer 2"),
-        ("name = 'decoder'\n[model.mixers.attention]\nn_head = 2", "4: [model.mixers.attention] n_head: unknown key; did you mean 'n_heads'?"),
-        ("name = 'decoder'\n[model.mixers.attention]\nn_heads = 65", "4: [model.mixers.attention] n_heads: must be <= 64, got the integer 65"),
+        (
+            "name = 'decoder'\n[model.mixers.attention]\nn_head = 2",
+            "4: [model.mixers.attention] n_head: unknown key; did you mean 'n_heads'?",
+        ),
+        (
+            "name = 'decoder'\n[model.mixers.attention]\nn_heads = 65",
+            "4: [model.mixers.attention] n_heads: must be <= 64, got the integer 65",
+        ),
         (
             "name = 'decoder'\n[model.mixers.top]\nkind = 'serial'\nfirst = { kind = 'attention', n_hed = 1 }",
             "5: [model.mixers.top.first] n_hed: unknown key; did you mean 'n_heads'?",
         ),
-        ("name = 'decoder'\n[model.mixers]\nnone = 3", "4: [model.mixers] none: wants the name of a known mixer (attention, serial) or a table with 'kind', got the integer 3"),
+        (
+            "name = 'decoder'\n[model.mixers]\nnone = 3",
+            "4: [model.mixers] none: wants the name of a known mixer (attention, serial) or a table with 'kind', got the integer 3",
+        ),
         # an array of one, given as its item
         (
             "name = 'decoder'\n[model.mixers.attention]\nposition = { kind = 'rotary', teta = 1.0 }",
             "4: [model.mixers.attention.position] teta: unknown key; did you mean 'theta'?",
         ),
-        ("name = 'decoder'\n[model.mixers.attention]\nposition = 'rotari'", "4: [model.mixers.attention] position: unknown position 'rotari'; did you mean 'rotary'?"),
+        (
+            "name = 'decoder'\n[model.mixers.attention]\nposition = 'rotari'",
+            "4: [model.mixers.attention] position: unknown position 'rotari'; did you mean 'rotary'?",
+        ),
         # a mistake that a validator copies to every mixer is shown once
+        ("name = 'decoder'\nposition = 'alibj'", "3: [model] position: unknown position 'alibj'; did you mean 'alibi'?"),
+        ("name = 'decoder'\nposition = { kind = 'rotary', theta = 'x' }", "3: [model.position] theta: wants a number, got the string 'x'"),
         ("name = 'decoder'\nposition = { kind = 'rotary', teta = 1.0 }", "3: [model.position] teta: unknown key; did you mean 'theta'?"),
-        ("name = 'decoder'\nposition = 'learned'", "3: [model.position] max_length: missing, and has no default; it is: rows of the table, tokens"),
+        (
+            "name = 'decoder'\nposition = 'learned'",
+            "3: [model.position] max_length: missing, and has no default; it is: rows of the table, tokens",
+        ),
         ("name = 'hnet'\ndim = 3", "3: [model] dim: unknown key; allowed: name, stages"),
     ],
 )

@@ -119,7 +119,9 @@ class TestComponents:
     def test_the_same_kind_merges(self) -> None:
         rotary = "{ kind = 'rotary', theta = 5.0 }"
         assert self.relative(rotary, "--model.relative=rotary") == Rotary.Config(theta=5.0)
-        assert self.relative(rotary, "--model.relative.scaling.factor=2.0") == Rotary.Config(theta=5.0, scaling=Rotary.Config.Scaling(factor=2.0))
+        assert self.relative(rotary, "--model.relative.scaling.factor=2.0") == Rotary.Config(
+            theta=5.0, scaling=Rotary.Config.Scaling(factor=2.0)
+        )
 
     def test_a_table_without_kind_merges_into_a_bare_name(self) -> None:
         assert self.relative("'rotary'", "--model.relative.theta=7.0") == Rotary.Config(theta=7.0)
@@ -213,13 +215,19 @@ class TestCustomImport:
             """,
         )
         write("base.toml", WHOLE + "[experimental]\ncustom_import = 'nothing_of_the_kind'\n")
-        write("run.toml", "extends = 'base.toml'\n[model]\nrelative = {kind = 'own', size = 2}\n[experimental]\ncustom_import = ['my_positions_1.own']\n")
+        write(
+            "run.toml",
+            "extends = 'base.toml'\n[model]\nrelative = {kind = 'own', size = 2}\n[experimental]\ncustom_import = ['my_positions_1.own']\n",
+        )
         model = load().config.model
         assert isinstance(model, Decoder.Config)
         assert (model.relative.kind, model.relative.size) == ("own", 2)  # type: ignore[union-attr]
 
     def test_what_cannot_be_imported_is_named_with_all_else_that_is_wrong(self) -> None:
-        write("run.toml", WHOLE + "x = 1\n[model.relative]\nkind = 'own'\n[experimental]\ncustom_import = [\n'no_such_package.own',\n'a/b.py']\n")
+        write(
+            "run.toml",
+            WHOLE + "x = 1\n[model.relative]\nkind = 'own'\n[experimental]\ncustom_import = [\n'no_such_package.own',\n'a/b.py']\n",
+        )
         assert problems() == [
             "run.toml:6: [training] x: unknown key; allowed: betas, deterministic, learning_rate, steps, tokens, warmup",
             "run.toml:11: [experimental] custom_import: cannot import 'no_such_package.own': No module named 'no_such_package'; "
@@ -236,5 +244,6 @@ class TestCustomImport:
     def test_another_type_is_refused(self) -> None:
         write("run.toml", WHOLE)
         assert problems("--experimental.custom_import=3") == [
-            "command line: [experimental] custom_import: wants a string or an array, got the integer 3; write --experimental.custom_import='\"3\"'"
+            "command line: [experimental] custom_import: wants a string or an array, got the integer 3; "
+            "write --experimental.custom_import='\"3\"'"
         ]

@@ -70,7 +70,9 @@ def test_every_wrong_argument_is_named() -> None:
     ]
 
 
-@pytest.mark.parametrize("option", [("--config", "a.toml"), ("--config=a.toml",), ("--job.config_file", "a.toml"), ("--job.config_file=a.toml",)])
+@pytest.mark.parametrize(
+    "option", [("--config", "a.toml"), ("--config=a.toml",), ("--job.config_file", "a.toml"), ("--job.config_file=a.toml",)]
+)
 def test_the_file_stands_anywhere(option: tuple[str, ...]) -> None:
     path, overrides = parse_command_line(["--x.flag", *option, "--x.y", "1", "--x.z=--2"])
     assert str(path) == "a.toml"

@@ -37,7 +37,10 @@ def test_components_and_what_picks_them() -> None:
     assert "| `n_heads` | integer >= 1, <= 64 | `8` | heads | fixed |" in part("### `attention`")
     assert '| `first` | [mixer](#slot-mixer) | `"attention"` | a mixer inside a mixer | fixed |' in part("### `serial`")
     decoder = part("### `decoder`")
-    assert '| `relative` | [position](#slot-position) or array of: [position](#slot-position) | `"alibi"` | one or several | fixed |' in decoder
+    assert (
+        '| `relative` | [position](#slot-position) or array of: [position](#slot-position) | `"alibi"` | one or several | fixed |'
+        in decoder
+    )
     assert "| `mixers` | table: name to [mixer](#slot-mixer) | `{}` | by name | fixed |" in decoder
     assert '| `layers` | array of: string, length >= 1 | `["attention"]` |' in decoder
     assert part("### `console`") == "No keys of its own."

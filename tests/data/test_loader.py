@@ -81,7 +81,6 @@ def test_every_row_once_over_random_restarts(config: DataConfig) -> None:
         assert rows == expected
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torchdata")
 def test_workers_change_nothing(config: DataConfig) -> None:
     """Two workers with uneven shares of nine streams, then none, then two, each from the state before."""
     config = config.model_copy(update={"streams": 9 if config.mode == "streamed" else 0})
@@ -194,7 +193,6 @@ def test_wrong_numbers_of_streams(tmp_path: Path, config_of: Callable[..., DataC
         four.load_state_dict(half.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torchdata")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_malformed_document_in_a_stream(workers: int, tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])

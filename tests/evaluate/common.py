@@ -14,6 +14,7 @@ from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.model import Model, ModelConfig, Objective
 from titanarch.contract.sequence import SequenceInfo
+from titanarch.data.batch import IGNORED, Batch
 from titanarch.data.config import DataConfig
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.evaluate.config import EvaluationConfig
@@ -59,6 +60,19 @@ def data_of(folder: Path, train: list[str], validation: list[str], tokenizer: st
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
         sources[name] = {"kind": "jsonl", "paths": [str(path)]}
     return DataConfig.model_validate({"cache_dir": str(folder / "cache"), "tokenizer": tokenizer, "processes": 1, **sources, **more})
+
+
+def two_rows() -> Batch:
+    """Rows 7 and 9 of four tokens; in the second one another document begins at its third token."""
+    return Batch(
+        tokens_BT=torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]]),
+        labels_BT=torch.tensor([[6, 7, 8, 9], [2, IGNORED, 4, 1]]),
+        position_BT=torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]]),
+        document_BT=torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]]),
+        row_B=torch.tensor([7, 9]),
+        cu_seqlens=torch.tensor([0, 4, 6, 8, 8, 8, 8, 8, 8], dtype=torch.int32),
+        packed=True,
+    )
 
 
 class TinyModel(Model):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.evaluate.common import TRAIN_SEQ_LEN, TinyModel, data_of, loss_of, run, texts, tokens_of
+from tests.evaluate.test_ngram import NaiveKneserNey
 from titanarch.config.errors import ConfigError
 from titanarch.data.errors import DataError
+from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import EvaluationConfig, ValidationConfig, check_splits
 from titanarch.evaluate.evaluation import require_readable
 from titanarch.evaluate.windows import same_target_windows, whole_windows
@@ -72,8 +74,6 @@ def test_the_same_targets_have_the_same_baselines_and_bytes(result: Any) -> None
 def test_the_baselines_see_the_targets_that_the_model_sees(result: Any, tmp_path: Path) -> None:
     train = tokens_of(data_of(tmp_path, TRAIN, VALIDATION), TRAIN)
     pairs = [(a, b) for tokens in train for a, b in zip(tokens, [*tokens[1:], 256], strict=True)]  # 256 ends a document
-    from tests.evaluate.test_ngram import NaiveKneserNey
-
     naive = NaiveKneserNey(pairs, 257)
     documents = tokens_of(data_of(tmp_path, TRAIN, VALIDATION), VALIDATION)
     targets = [(d, t) for d, tokens in enumerate(documents) for t in range(1, (len(tokens) - 1) // 64 * 64 + 1)]
@@ -95,8 +95,6 @@ def test_bits_per_byte_of_pieces_counts_the_bytes_of_the_text(tmp_path: Path) ->
     data = data_of(tmp_path, TRAIN, VALIDATION, tokenizer="sentencepiece")
     (row,) = run(TinyModel(8192), config_of(lengths=[1], evaluators=["all_positions"]), data).rows
     firsts = [tokens[:1] for tokens in tokens_of(data, VALIDATION)]
-    from titanarch.data.tokenizers import build_tokenizer
-
     tokenizer = build_tokenizer(data.tokenizer)
     n_bytes = sum(len(text.encode()) - len(tokenizer.decode(first).encode()) for text, first in zip(VALIDATION, firsts, strict=True))
     assert row["bytes"] == n_bytes  # all but the first token of each document is a target

@@ -28,7 +28,9 @@ def summed(x: Tensor) -> Tensor:
 def measure(folder: str, rank: int, degree: int) -> tuple[dict[str, Any], tuple[float, int]]:
     """The evaluation and the validation loss of one process; sharded where there are several."""
     # 3 windows of 100 tokens and few of the others: the processes' shares are unequal, and one has nothing at times
-    data = data_of(Path(folder) / f"rank{rank}of{degree}", texts(8, seed=1, longest=90), [*texts(3, seed=2, longest=60), "naïve " * 60])
+    own = Path(folder) / f"rank{rank}of{degree}"
+    own.mkdir()
+    data = data_of(own, texts(8, seed=1, longest=90), [*texts(3, seed=2, longest=60), "naïve " * 60])
     model = TinyModel(257)
     reduce = summed if degree > 1 else lambda x: x
     if degree > 1:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.evaluate.common import CPU, TinyModel, data_of, loss_of, texts
-from titanarch.data.batch import filler, make_batch
+from tests.evaluate.common import CPU, TinyModel, data_of, loss_of, texts, two_rows
+from titanarch.data.batch import filler
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.sequence import sequence_of
@@ -73,14 +73,12 @@ def test_no_target_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_the_sequence_is_that_of_the_batch() -> None:
-    import numpy as np
-
-    batch = make_batch(np.arange(10).reshape(2, 5), start_row_E=np.array([1]), start_column_E=np.array([2]), row_B=np.array([7, 9]))
+    batch = two_rows()
     seq = sequence_of(batch, seed=3)
-    assert seq.position_BT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
-    assert seq.document_BT.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert seq.position_BT is batch.position_BT
+    assert seq.document_BT is batch.document_BT
     assert seq.index_T.tolist() == [0, 1, 2, 3]
-    assert seq.row_B.tolist() == [7, 9]
+    assert seq.row_B is batch.row_B
     assert (seq.length, seq.seed, seq.packed) == (4, 3, True)
     assert seq.cu_seqlens is batch.cu_seqlens
-    assert torch.equal(seq.previous(batch.tokens_BT, 1), torch.tensor([[0, 0, 1, 2], [0, 5, 0, 7]]))
+    assert torch.equal(seq.previous(batch.tokens_BT, 1), torch.tensor([[0, 5, 6, 7], [0, 1, 0, 3]]))

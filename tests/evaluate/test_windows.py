@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from titanarch.evaluate.windows import Windows, blocks_of, same_target_windows, spread, whole_windows
+from titanarch.evaluate.windows import ScoredWindows, blocks_of, same_target_windows, spread, whole_windows
 
 
-def scored(windows: Windows) -> list[tuple[int, int, int]]:
+def scored(windows: ScoredWindows) -> list[tuple[int, int, int]]:
     """(document, target, tokens before it that the model sees) of every scored target."""
     found = []
     for document, end, n in zip(windows.document_W.tolist(), windows.end_W.tolist(), windows.n_scored_W.tolist(), strict=True):

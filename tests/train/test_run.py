@@ -41,10 +41,12 @@ def test_a_killed_run_resumes_to_bitwise_the_same_losses(folder: Path, undisturb
     assert finished["losses"] == json.loads((undisturbed / "result.json").read_text())["losses"]
 
 
-@pytest.mark.parametrize("n_processes", [2, 4])
-def test_the_number_of_processes_does_not_change_the_losses(folder: Path, undisturbed: Path, n_processes: int) -> None:
+@pytest.mark.parametrize(("n_processes", "overrides"), [(2, []), (4, ["--parallelism.data_parallel_replicate_degree", "2"])])
+def test_the_number_of_processes_does_not_change_the_losses(
+    folder: Path, undisturbed: Path, n_processes: int, overrides: list[str]
+) -> None:
     name = f"processes_{n_processes}"
-    train(write_config(folder, name, folder / "cache"), n_processes=n_processes)
+    train(write_config(folder, name, folder / "cache"), *overrides, n_processes=n_processes)
     expected, found = losses(undisturbed), losses(folder / name)
     assert found.keys() == expected.keys()
     for step, loss in expected.items():

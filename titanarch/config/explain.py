@@ -35,6 +35,9 @@ _WANTED: Final = {
     "none_required": "nothing",
 }
 
+_KEY_ERRORS: Final = ("missing", "extra_forbidden")
+"""Errors whose last place is a key that is missing, or should be."""
+
 _LIMITS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "greater_than": lambda limit: f"must be > {plain_number(limit['gt'])}",
     "greater_than_equal": lambda limit: f"must be >= {plain_number(limit['ge'])}",
@@ -104,7 +107,8 @@ def _without_echoes(findings: dict[KeyPath, list[_Finding]], tree: Node) -> dict
     """Without what a validator copied to places that nobody wrote, where the original is wrong in the same way."""
 
     def mistake(path: KeyPath) -> str:
-        return repr([(finding.kind, path[-1:], finding.error["input"]) for finding in findings[path]])
+        key = path[-1] if findings[path][0].kind in _KEY_ERRORS else ""
+        return repr((key, [(finding.error["msg"], finding.error["input"]) for finding in findings[path]]))
 
     written = {path for path in findings if tree.find(path)[1] >= len(path) - 1}
     originals = {mistake(path) for path in written}
@@ -119,13 +123,13 @@ def _path(details: ErrorDetails, schema: type[Section], table: dict[str, Any]) -
         if _leads_on(part, forms, value):
             path = (*path, part)
     last = details["loc"][-1:]
-    names_a_key = details["type"] in ("missing", "extra_forbidden") and isinstance(last[0], str)
+    names_a_key = details["type"] in _KEY_ERRORS and isinstance(last[0], str)
     return (*path, *last) if names_a_key and path[-1:] != last else path
 
 
 def _leads_on(part: str | int, forms: tuple[Form, ...], value: Any) -> bool:
     """Whether ``part`` is a key or index of a place that holds ``value``; what a validator put there counts too."""
-    if isinstance(value, dict) and part in value or part in keys_at(forms, value):
+    if (isinstance(value, dict) and part in value) or part in keys_at(forms, value):
         return True
     if isinstance(value, list):
         return isinstance(part, int) and part < len(value)
@@ -218,7 +222,7 @@ def describe(value: Any) -> str:
 
 def plain_number(value: float) -> str:
     """A bound as short as it can be said without loss."""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 or isinstance(value, int) else repr(value)
+    return str(int(value)) if isinstance(value, int) or (value.is_integer() and abs(value) < 2**53) else repr(value)
 
 
 def _count(number: int, noun: str) -> str:

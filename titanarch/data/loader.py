@@ -126,7 +126,9 @@ class IndexedLoader(RowLoader):
         return make_batch(self._workers.next())
 
     def close(self) -> None:
-        self._workers = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
 
 class StreamedLoader(RowLoader):
@@ -184,6 +186,8 @@ class StreamedLoader(RowLoader):
         return StreamWorkers(reader, self._n_workers) if self._n_workers else reader
 
     def close(self) -> None:
+        if isinstance(self._rows, StreamWorkers):
+            self._rows.close()
         self._rows = None
 
     def state_dict(self) -> dict[str, Any]:

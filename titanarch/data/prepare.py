@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from titanarch.data.errors import data_error
 from titanarch.data.index_writer import IndexWriter, token_dtype
+from titanarch.data.orphans import exit_with_parent
 from titanarch.data.sources import Document
 from titanarch.data.split import SplitSource
 from titanarch.data.tokenizers import Tokenizer
@@ -114,6 +115,7 @@ _tokenizer: Tokenizer  # of a worker process
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
+    exit_with_parent()
 
 
 def _tokenize_in_worker(texts: list[str]) -> _Tokens:

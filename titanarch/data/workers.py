@@ -1,6 +1,8 @@
 """Loader processes. torchdata's StatefulDataLoader is their pool; the state of a run is never theirs."""
 
 import multiprocessing
+import warnings
+import weakref
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -11,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Windows
 from titanarch.data.layout import RowLayout
+from titanarch.data.orphans import exit_with_parent
 from titanarch.data.rows import IndexedRows
 from titanarch.data.streams import StreamReader, StreamRow
 
@@ -52,24 +55,45 @@ class _IndexedDataset(Dataset[Windows]):
         return self._rows.read(first_row, self._n_rows)
 
 
+class _Pool:
+    """What a data set gives, from processes. ``close`` ends them; they end with this object or the program too."""
+
+    def __init__(self, dataset: Dataset[Any], *, n_workers: int, prefetch_factor: int, sampler: Sampler[int] | None = None) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a deprecated call inside, and its guess of a good number of workers
+            items = iter(
+                StatefulDataLoader(
+                    dataset,
+                    batch_size=None,
+                    sampler=sampler,
+                    num_workers=n_workers,
+                    prefetch_factor=prefetch_factor,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=exit_with_parent,
+                    snapshot_every_n_steps=NEVER,
+                    multiprocessing_context=_start_method(),
+                )
+            )
+        self._items = items
+        # There is no public way to end the processes, and left to the garbage collector each may take 5 seconds.
+        self.close = weakref.finalize(self, items._shutdown_workers)
+
+    def next(self) -> Any:
+        return next(self._items)
+
+
 class IndexedWorkers:
     """Processes that read the micro-batches of a rank from one on; plain arrays are cheaper to hand over than a Batch."""
 
     def __init__(self, rows: IndexedRows, layout: RowLayout, *, step: int, micro_batch: int, n_workers: int) -> None:
-        self._windows: Iterator[Windows] = iter(
-            StatefulDataLoader(
-                _IndexedDataset(rows, layout.local_batch_size),
-                batch_size=None,
-                sampler=_FirstRows(layout, step=step, micro_batch=micro_batch),
-                num_workers=n_workers,
-                collate_fn=_as_it_is,
-                snapshot_every_n_steps=NEVER,
-                multiprocessing_context=_start_method(),
-            )
-        )
+        sampler = _FirstRows(layout, step=step, micro_batch=micro_batch)
+        self._pool = _Pool(_IndexedDataset(rows, layout.local_batch_size), n_workers=n_workers, prefetch_factor=2, sampler=sampler)
 
     def next(self) -> Windows:
-        return next(self._windows)
+        return self._pool.next()
+
+    def close(self) -> None:
+        self._pool.close()
 
 
 class _StreamDataset(IterableDataset[Any]):
@@ -104,27 +128,20 @@ class StreamWorkers:
 
     def __init__(self, reader: StreamReader, n_workers: int) -> None:
         self._n_streams, self._n_workers = len(reader.streams), n_workers
-        self._rows = iter(
-            StatefulDataLoader(
-                _StreamDataset(reader),
-                batch_size=None,
-                num_workers=n_workers,
-                collate_fn=_as_it_is,
-                prefetch_factor=max(2, self._n_streams // n_workers),
-                snapshot_every_n_steps=NEVER,
-                multiprocessing_context=_start_method(),
-            )
-        )
+        self._pool = _Pool(_StreamDataset(reader), n_workers=n_workers, prefetch_factor=max(2, self._n_streams // n_workers))
         self._place = 0
 
     def next_row(self, stream: int) -> StreamRow:
         """The next row, which the caller knows to be of ``stream``."""
-        item = next(self._rows)
+        item = self._pool.next()
+        if isinstance(item, ConfigError):
+            raise item
         self._place += 1
         if self._place == self._n_streams:  # the None that fill the round up
             self._place = 0
             for _ in range(-self._n_streams % self._n_workers):
-                next(self._rows)
-        if isinstance(item, ConfigError):
-            raise item
+                self._pool.next()
         return item
+
+    def close(self) -> None:
+        self._pool.close()

@@ -20,7 +20,7 @@ from titanarch.data.errors import DataError
 from titanarch.data.tokenizers import Tokenizer
 from titanarch.evaluate.forward import Ranks, evaluating, summed
 from titanarch.evaluate.ngram import Ngrams
-from titanarch.evaluate.windows import Documents, Windows, windows_of
+from titanarch.evaluate.windows import Documents, ScoredWindows, windows_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Subject:
             return f"no validation document has more than {length} tokens"
         return ""
 
-    def losses(self, windows: Windows) -> np.ndarray:
+    def losses(self, windows: ScoredWindows) -> np.ndarray:
         """Nats of the right-aligned targets of all windows, fp32 [W, R], the same on every process; 0 if not scored.
 
         Collective. The same rule and length are computed once.
@@ -69,7 +69,7 @@ class Subject:
             self._known[key] = self._compute(windows)
         return self._known[key]
 
-    def _compute(self, windows: Windows) -> np.ndarray:
+    def _compute(self, windows: ScoredWindows) -> np.ndarray:
         ranks, length, width = self.ranks, windows.length, windows.width
         n_rows = self._rows_at_once(length)
         losses_WR = np.zeros((len(windows), width), dtype=np.float32)
@@ -94,7 +94,7 @@ class Subject:
         own_windows = -(-max(1, self.max_tokens // length) // self.ranks.degree)
         return min(fitting, own_windows)
 
-    def mean_row(self, windows: Windows) -> dict[str, Value]:
+    def mean_row(self, windows: ScoredWindows) -> dict[str, Value]:
         """The means over all scored targets: loss, perplexity, bits per byte, the baselines' losses, and the counts."""
         scored_WR, targets = windows.scored_WR, windows.targets(self.documents)
         loss = float(self.losses(windows)[scored_WR].mean(dtype=np.float64))

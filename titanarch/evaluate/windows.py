@@ -34,7 +34,7 @@ class Documents:
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
+class ScoredWindows:
     """Window w shows tokens end - L to end - 1 of its document; its last ``n_scored_W`` targets end with token ``end_W``.
 
     ``rule``: which targets they are. ``length``: L. All arrays int64.
@@ -91,7 +91,7 @@ def _pieces(n_pieces_N: np.ndarray, n_wanted: int | None) -> tuple[np.ndarray, n
     return document_P, piece_P - (ends_N - n_pieces_N)[document_P]
 
 
-def whole_windows(lengths_N: np.ndarray, length: int, max_tokens: int) -> Windows:
+def whole_windows(lengths_N: np.ndarray, length: int, max_tokens: int) -> ScoredWindows:
     """Documents cut from their start into whole windows of ``length`` tokens, every target of them scored.
 
     ``max_tokens``: at most so many targets, whole windows spread evenly over all, but at least one; 0: all windows.
@@ -99,11 +99,11 @@ def whole_windows(lengths_N: np.ndarray, length: int, max_tokens: int) -> Window
     n_wanted = max(1, max_tokens // length) if max_tokens else None
     document_W, number_W = _pieces(windows_of(lengths_N, length), n_wanted)
     end_W = (number_W + 1) * length
-    return Windows("all_positions", length, document_W, end_W, np.full_like(end_W, length))
+    return ScoredWindows("all_positions", length, document_W, end_W, np.full_like(end_W, length))
 
 
-def same_target_windows(lengths_N: np.ndarray, length: int, longest: int, max_tokens: int) -> Windows:
-    """Windows of ``length`` tokens over targets that depend on ``longest`` alone.
+def same_target_windows(lengths_N: np.ndarray, length: int, longest: int, max_tokens: int) -> ScoredWindows:
+    """ScoredWindows of ``length`` tokens over targets that depend on ``longest`` alone.
 
     The targets: tokens ceil(longest / 2) + 1 and up of every document, in whole blocks of ceil(longest / 2); with
     ``max_tokens``, blocks spread evenly over all, at most so many targets but at least one block. Each block is
@@ -117,7 +117,7 @@ def same_target_windows(lengths_N: np.ndarray, length: int, longest: int, max_to
     scored_to_Q = np.minimum(np.arange(step, block + step, step), block)  # targets of a block up to each window's end
     end_W = (before_P[:, None] + scored_to_Q).ravel()
     n_scored_W = np.tile(np.diff(scored_to_Q, prepend=0), len(before_P))
-    return Windows("same_targets", length, np.repeat(document_P, len(scored_to_Q)), end_W, n_scored_W)
+    return ScoredWindows("same_targets", length, np.repeat(document_P, len(scored_to_Q)), end_W, n_scored_W)
 
 
 def blocks_of(lengths_N: np.ndarray, longest: int) -> np.ndarray:

@@ -55,7 +55,8 @@ class Decoder(Model):
         self.embedding = nn.Embedding(shape.vocab_size, shape.d_model)
         self.position = ABSOLUTE_POSITIONS.of(config.position.absolute)(config.position.absolute, shape)
         self.dropout = Dropout(config.dropout, EMBEDDING_SITE)
-        self.layers = nn.ModuleList(
+        # Activation checkpointing replaces the entries of ``layers`` by wrappers; these stay what they are.
+        self.bare_blocks = tuple(
             Block(
                 shape,
                 layer,
@@ -67,6 +68,7 @@ class Decoder(Model):
             )
             for layer, name in enumerate(shape.layers)
         )
+        self.layers = nn.ModuleList(self.bare_blocks)
         self.final_norm = None if config.residual == "post_norm" else NORMS.of(config.norm)(config.norm, shape.d_model)
         if not config.tied_head:
             self.head = Head(shape.d_model, shape.vocab_size, bias=config.head_bias)
@@ -98,8 +100,7 @@ class Decoder(Model):
         """Embedding and head by the scheme, biases of a tied head 0; each component its own."""
         init.embedding(self.embedding)
         self.position.reset_parameters(init)
-        for block in self.layers:
-            assert isinstance(block, Block)
+        for block in self.bare_blocks:
             block.reset_parameters(init)
         if self.final_norm is not None:
             self.final_norm.reset_parameters(init)
@@ -128,7 +129,7 @@ class Decoder(Model):
 
     def initial_state(self, n_rows: int) -> list[State]:
         weight = self.embedding.weight
-        return [self._decodable(i).initial_state(n_rows, weight.dtype, weight.device) for i in range(len(self.layers))]
+        return [self._decodable(i).initial_state(n_rows, weight.dtype, weight.device) for i in range(self.shape.n_layers)]
 
     def step(self, tokens_B1: Tensor, index: int, states: list[State]) -> tuple[Tensor, list[State]]:
         whole = SequenceInfo.whole(tokens_B1.shape[0], index + 1, device=tokens_B1.device)
@@ -136,15 +137,14 @@ class Decoder(Model):
             whole, position_BT=whole.position_BT[:, -1:], document_BT=whole.document_BT[:, -1:], index_T=whole.index_T[-1:], packed=False
         )
         x, carry, new_states = self._embed(tokens_B1, last), Carry.empty(), []
-        for layer, (block, state) in enumerate(zip(self.layers, states, strict=True)):
-            assert isinstance(block, Block)
+        for layer, (block, state) in enumerate(zip(self.bare_blocks, states, strict=True)):
             mixing = MixSequence(query=last, key=whole, site=layer)
             x, carry, state = block.step(x, mixing, carry, state)
             new_states.append(state)
         return self._logits(self._normed(x))[:, 0], new_states
 
     def _decodable(self, layer: int) -> SequenceMixer:
-        mixer = self.layers[layer].mixer
+        mixer = self.bare_blocks[layer].mixer
         if not isinstance(mixer, SequenceMixer):
             raise ConfigError(f"block {layer}: {type(mixer).__qualname__} is no SequenceMixer, so it cannot decode a token at a time")
         return mixer

@@ -30,7 +30,8 @@ def apply_fsdp(model: Model, mesh: DeviceMesh, config: ParallelismConfig, param_
         for block in model.blocks():
             if param_dtype != torch.float32:
                 for module in fp32_modules(block):
-                    fully_shard(module, mesh=data_mesh, mp_policy=fp32, reshard_after_forward=reshard)
+                    # HeadParams returns its parameters themselves, which the block reads after the unit's forward.
+                    fully_shard(module, mesh=data_mesh, mp_policy=fp32, reshard_after_forward=False)
             fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():

@@ -18,13 +18,16 @@ class _Stateful(Protocol):
 class Progress:
     """Steps and tokens done, and the small states that go with them."""
 
-    def __init__(self, *, budget: Budget, scaler: LossScaler, guard: NonFiniteGuard) -> None:
+    def __init__(self, *, budget: Budget, scaler: LossScaler, guard: NonFiniteGuard, checkpointer: Checkpointer) -> None:
+        self._checkpointer = checkpointer
         self.step = 0
         self.tokens = 0
         self._parts: dict[str, _Stateful] = {"budget": budget, "scaler": scaler, "guard": guard}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, **{name: part.state_dict() for name, part in self._parts.items()}}
+        """Collective: the time spent is that of process 0's clock."""
+        parts = self._checkpointer.processes.from_first(lambda: {name: part.state_dict() for name, part in self._parts.items()})
+        return {"step": self.step, "tokens": self.tokens, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]

@@ -76,9 +76,9 @@ class Trainer:
             steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=self.tokens_per_step
         )
         self.schedule = build_schedule(config.lr_scheduler, self.budget)
-        self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard)
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
+        self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard, checkpointer=self.checkpointer)
         self.meter = StepMeter(
             device=processes.device,
             n_devices=processes.world_size,
@@ -248,7 +248,7 @@ class Trainer:
             "non_embedding_parameters": self.cost.non_embedding_parameters,
             "forward_flops_per_token": self.cost.forward_flops_per_token,
             "training_flops": self.cost.training_flops_per_token * self.progress.tokens,
-            "skipped_steps": self.guard.skipped,
+            "skipped_steps": self.guard.skipped + self.scaler.overflows,
             **self.meter.totals(),
             "wall_seconds": wall_seconds,
             "losses": {name.removesuffix("_loss"): value for name, value in losses.items()},

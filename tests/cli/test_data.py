@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from titanarch.cli.main import main
+from titanarch.data.tokenizers import BytesConfig, BytesTokenizer
+
+TEXTS = [f"document {i}, of some words" for i in range(20)]
+LENGTH = len(TEXTS[0]) + 1
+CONFIG = """
+[job]
+dump_folder = "run"
+[model]
+name = "decoder"
+[data]
+tokenizer = "bytes"
+source = {{ kind = "jsonl", paths = ["{path}"], id_key = "id" }}
+validation_fraction = 0.2
+[training]
+seq_len = 40
+global_batch_size = 2
+steps = 1
+[debug]
+seed = 5
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": f"name {i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+@pytest.fixture
+def source(path: Path) -> list[str]:
+    return ["--data.source", f'{{kind = "jsonl", paths = ["{path}"], id_key = "id"}}', "--data.tokenizer", "bytes"]
+
+
+def test_prepare_then_inspect(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tokens"
+    assert main(["data", "prepare", *source, "--data.validation_fraction", "0.3", "--out", str(out)]) == 0
+    written = capsys.readouterr().out
+    counts = {split: json.loads((out / split / "meta.json").read_text())["documents"] for split in ("train", "validation")}
+    assert sum(counts.values()) == len(TEXTS)
+    assert min(counts.values()) > 0
+    assert all(f"{out / split}: {n} documents, " in written for split, n in counts.items())
+    tokens = ["--data.source", f'{{kind = "tokens", path = "{out}"}}', "--data.tokenizer", "bytes"]
+    assert main(["data", "inspect", *tokens, "--split", "validation", "--verify", "--documents", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(f"validation: {counts['validation']} documents, ")
+    assert shown[0].endswith("checksums right")
+    assert len(shown) == 3 + 2
+
+
+def test_prepare_refuses_a_folder_that_exists(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    assert main(["data", "prepare", *source, "--out", str(tmp_path / "out")]) == 2
+    assert "exists already: remove it or choose another --out" in capsys.readouterr().err
+    assert main(["data", "prepare", "--data.source", '{kind = "tokens", path = "x"}', "--out", str(tmp_path / "new")]) == 2
+    assert "prepared already" in capsys.readouterr().err
+
+
+def test_a_bad_line_leaves_nothing(path: Path, source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_text(path.read_text() + "not json\n")
+    assert main(["data", "prepare", *source, "--out", str(tmp_path / "out")]) == 2
+    assert f"{path}:21: is not JSON" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_inspect_lists_documents(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", *source, "--documents", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    n_bytes = sum(map(len, TEXTS))
+    assert lines[0] == f"train: 20 documents, {n_bytes + 20:,} tokens, {n_bytes:,} bytes ({n_bytes / (n_bytes + 20):.2f} a token)"
+    assert lines[1] == f"tokens a document: shortest {LENGTH}, p10 {LENGTH}, median {LENGTH}, p90 {LENGTH + 1}, longest {LENGTH + 1}"
+    assert [line.split() for line in lines[3:]] == [[str(LENGTH), str(LENGTH - 1), "name", str(i)] for i in range(3)]
+
+
+def test_row_of_streams_with_its_boundaries(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Row 3 of two streams is the second row of stream 1, whose documents are those of odd number."""
+    n_tokens = LENGTH + 5
+    arguments = ["--data.mode", "streamed", "--data.streams", "2", "--row", "3", "--seq-len", str(n_tokens)]
+    assert main(["data", "inspect", *source, *arguments]) == 0
+    whole = "|".join(TEXTS[1::2])[n_tokens : 2 * n_tokens]
+    first, second = whole.split("|")
+    assert capsys.readouterr().out.splitlines() == [
+        f"row 3: {n_tokens} tokens, {n_tokens - 1} of them with a target",
+        f"--- document 0: tokens 0 to {len(first)} ---",
+        first,
+        f"--- document 1: tokens {len(first) + 1} to {n_tokens - 1} ---",
+        second,
+    ]
+
+
+def test_row_by_a_configuration_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from titanarch.data.cache import open_tokens
+    from titanarch.data.config import DataConfig
+    from titanarch.data.rows import IndexedRows
+
+    config = tmp_path / "run.toml"
+    config.write_text(CONFIG.format(path=path))
+    assert main(["data", "inspect", "--config", str(config), "--row", "2"]) == 0
+    shown = capsys.readouterr().out
+    table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}, "validation_fraction": 0.2}
+    tokenizer = BytesTokenizer(BytesConfig())
+    rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5)
+    tokens = rows.read(2, 1).tokens_BS[0, :-1]
+    assert shown.startswith("row 2: 40 tokens, ")
+    text = "".join(line for line in shown.splitlines()[1:] if not line.startswith("--- "))
+    assert text == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--row", "1"], "--row wants a number from 0, the split train, and a length"),
+        (["--row", "1", "--seq-len", "8"], "--row wants the seed"),
+        (["--row", "1", "--seq-len", "8", "--data.mode", "streamed"], "or the number of streams by --data.streams"),
+        (["--data.sourse", "corpus"], "unknown key; did you mean 'source'?"),
+        (["--split", "validation"], "holds nothing out"),
+    ],
+)
+def test_what_inspect_refuses(arguments: list[str], message: str, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", *source, *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Every file in train_configs/: its model builds, costs what it has, and the numbers that its comments promise are true."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from titanarch.config.identity import identity_table
+from titanarch.config.load import load_config
+from titanarch.contract.cost import Cost
+from titanarch.contract.model import MODELS, Model
+from titanarch.data.tokenizers import build_tokenizer
+from titanarch.models.channels.hidden import HiddenChannel
+from titanarch.models.mixers.attention import Attention
+from titanarch.models.norms import LayerNorm
+from titanarch.train.check import check_run, meta_model, vocabulary
+from titanarch.train.run_config import RunConfig
+
+FOLDER = Path(__file__).resolve().parents[1] / "train_configs"
+FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.toml"))
+POSITION = "studies/position"
+COURSE = "studies/course_lab"
+
+
+@cache
+def loaded(name: str) -> RunConfig:
+    return load_config(FOLDER / name, [], RunConfig).config
+
+
+@cache
+def vocab_size(name: str) -> int:
+    return vocabulary(loaded(name), tokenizer_size(loaded(name).data.tokenizer.kind))
+
+
+@cache
+def tokenizer_size(kind: str) -> int:
+    """Of the package's tokenizer of that kind, which every file uses."""
+    return build_tokenizer(next(c for c in map(loaded, FILES) if c.data.tokenizer.kind == kind).data.tokenizer).vocab_size
+
+
+def model_of(name: str) -> Model:
+    return meta_model(loaded(name), vocab_size(name))
+
+
+def cost_of(name: str) -> Cost:
+    config = loaded(name)
+    return MODELS.of(config.model).cost(config.model, vocab_size(name), config.training.seq_len)
+
+
+def differences(name: str, base: str) -> dict[str, Any]:
+    """The fixed keys in which a file differs from another, with its own values; None where it lacks one."""
+    mine, theirs = identity_table(loaded(name)), identity_table(loaded(base))
+    return {key: mine.get(key) for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_model_builds_and_costs_what_it_has(name: str) -> None:
+    assert cost_of(name).parameters == sum(p.numel() for p in model_of(name).parameters())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_could_start_on_one_process(name: str) -> None:
+    check_run(loaded(name), world_size=1, device_type="cpu")
+
+
+def test_no_two_files_share_a_folder() -> None:
+    folders = [loaded(name).job.dump_folder for name in FILES]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # Llama 3 8B and Llama 3.2 1B as published; GPT-3 by hand: V D + T D + L (12 D^2 + 13 D) + 2 D
+        ("llama3_8b.toml", 8_030_261_248),
+        ("llama3_1b.toml", 1_235_814_400),
+        ("gpt_125m.toml", 50_304 * 768 + 2048 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768),
+        ("gpt_350m.toml", 50_304 * 1024 + 2048 * 1024 + 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024),
+        ("gpt_1_3b.toml", 50_304 * 2048 + 2048 * 2048 + 24 * (12 * 2048**2 + 13 * 2048) + 2 * 2048),
+    ],
+)
+def test_published_sizes(name: str, parameters: int) -> None:
+    assert cost_of(name).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_a_step", "warmup_tokens"),
+    [
+        ("gpt_125m.toml", 524_288, 375e6),
+        ("gpt_350m.toml", 524_288, 375e6),
+        ("gpt_1_3b.toml", 1_048_576, 375e6),
+        ("llama3_1b.toml", 2_097_152, 2000 * 2_097_152),
+        ("llama3_8b.toml", 4_194_304, 2000 * 4_194_304),
+    ],
+)
+def test_budgets_of_large_models(name: str, tokens_a_step: int, warmup_tokens: float) -> None:
+    config = loaded(name)
+    assert config.training.seq_len * config.training.global_batch_size == tokens_a_step
+    assert config.lr_scheduler.warmup_steps * tokens_a_step == pytest.approx(warmup_tokens, rel=2e-3)
+    assert config.training.tokens == pytest.approx(20 * cost_of(name).parameters, rel=0.02)
+
+
+POSITION_ARMS = {
+    "none": {},
+    "learned": {"model.position.absolute.kind": "learned", "model.position.absolute.max_length": 1024},
+    "sinusoidal": {"model.position.absolute.kind": "sinusoidal", "model.position.absolute.theta": 10_000.0},
+}
+
+
+@pytest.mark.parametrize("arm", POSITION_ARMS)
+def test_absolute_arms_differ_in_their_positions_alone(arm: str) -> None:
+    assert differences(f"{POSITION}/{arm}.toml", f"{POSITION}/base.toml") == POSITION_ARMS[arm]
+
+
+@pytest.mark.parametrize("arm", ["alibi", "fourier_cpb", "linear_cpb", "linear_cpb_large", "log_cpb", "rotary"])
+def test_relative_arms_differ_in_their_positions_alone(arm: str) -> None:
+    differing = differences(f"{POSITION}/{arm}.toml", f"{POSITION}/base.toml")
+    assert {key.split("[")[0] for key in differing} == {"model.position.relative", "model.mixers.attention.position"}
+    (relative,) = loaded(f"{POSITION}/{arm}.toml").model.position.relative
+    assert relative.kind == arm
+    if arm == "rotary":
+        assert relative.fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "expected"),
+    [
+        ("learned_50k", "learned", {"training.steps": 50_000}),
+        ("learned_augmented_50k", "learned_50k", {"model.position.start_augmentation": 1024}),
+        ("linear_cpb_2048", "linear_cpb", {"training.seq_len": 2048, "training.global_batch_size": 8}),
+        ("icl_128", "linear_cpb", {"training.steps": 200_000, "training.global_batch_size": 256}),
+        ("icl_256", "icl_128", {"training.seq_len": 256, "training.global_batch_size": 128}),
+        ("icl_512", "icl_128", {"training.seq_len": 512, "training.global_batch_size": 64}),
+        ("icl_1024", "icl_128", {"training.seq_len": 1024, "training.global_batch_size": 32}),
+    ],
+)
+def test_longer_runs_of_the_position_study(name: str, base: str, expected: dict[str, int]) -> None:
+    assert differences(f"{POSITION}/{name}.toml", f"{POSITION}/{base}.toml") == expected
+
+
+def test_the_recipe_of_the_position_study() -> None:
+    """Dropout, biases and norms lie where torch's TransformerEncoderLayer has them; 3.2M and 10.6M parameters without tables."""
+    config, model = loaded(f"{POSITION}/base.toml"), model_of(f"{POSITION}/base.toml")
+    assert model.final_norm is None
+    assert model.dropout.p == 0.1
+    for block in model.blocks():
+        attention, channel = block.mixer, block.channel
+        assert isinstance(attention, Attention)
+        assert isinstance(channel, HiddenChannel)
+        assert attention.config.dropout == channel.config.dropout == block.mixer_dropout.p == block.channel_dropout.p == 0.1
+        assert [type(norm) for norm in block.norms.values()] == [LayerNorm, LayerNorm]
+    assert all(module.bias is not None for module in model.modules() if isinstance(module, nn.Linear))
+    layer = nn.TransformerEncoderLayer(256, 4, dim_feedforward=1024)
+    per_layer = sum(p.numel() for p in layer.parameters())
+    assert cost_of(f"{POSITION}/base.toml").non_embedding_parameters == 4 * per_layer + 8192
+    small = nn.TransformerEncoderLayer(384, 6, dim_feedforward=1536)
+    assert cost_of(f"{POSITION}/small/alibi.toml").non_embedding_parameters == 6 * sum(p.numel() for p in small.parameters()) + 8192
+    optimizer = config.optimizer.model_dump()
+    assert {key: optimizer[key] for key in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")} == {
+        "name": "Adam",
+        "lr": 2e-4,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arm", "sections"),
+    [
+        ("warmup", {"lr_scheduler"}),
+        ("cosine", {"lr_scheduler"}),
+        ("rmsnorm", {"model.norm"}),
+        ("rope", {"model.position", "model.mixers"}),
+        ("swiglu", {"model.channel"}),
+        ("all", {"lr_scheduler", "model.norm", "model.position", "model.mixers", "model.channel"}),
+    ],
+)
+def test_arms_of_the_course_lab_change_one_thing(arm: str, sections: set[str]) -> None:
+    differing = differences(f"{COURSE}/{arm}.toml", f"{COURSE}/base.toml")
+    assert {".".join(key.split(".")[: 1 if key.startswith("lr_") else 2]) for key in differing} == sections
+    if arm == "swiglu":  # three matrices in place of two, and one more bias of 512 less 256 saved
+        gained = 6 * ((3 * 192 * 512 + 2 * 512 + 192) - (2 * 192 * 768 + 768 + 192))
+        assert cost_of(f"{COURSE}/{arm}.toml").parameters - cost_of(f"{COURSE}/base.toml").parameters == gained
