@@ -57,9 +57,7 @@ def main() -> None:
     fixed = ("op, fixed table", lambda: train(op(fixed_HT), q, k, v))
     whole_fixed = ("SDPA flash, fixed bias written out", lambda: train(materialized(q, k, v, fixed_HT), q, k, v))
     without = ("op, no bias", lambda: train(op(None), q, k, v))
-    differences = [
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[1](), whole[1](), strict=True)
-    ]
+    differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[1](), whole[1](), strict=True)]
     print("largest gradient difference, relative:", max(differences))
     pairs = ((ours, whole), (fixed, whole_fixed), (without, ours))
     comparisons = [compare(first, second, n_rounds=options.rounds) for first, second in pairs]

@@ -66,9 +66,7 @@ CASES = {
     "shuffled, fixed table": Case(order="shuffled", learn_table=False),
     "shuffled, no table, window": Case(order="shuffled", table=False, window=25),
     "shuffled, no table": Case(order="shuffled", table=False, value_dim=4),
-    "everything": Case(
-        n_key_heads=2, window=70, soft_cap=3.0, sinks=True, dropout=0.2, value_dim=6, queries=(30, 140), lse=True
-    ),
+    "everything": Case(n_key_heads=2, window=70, soft_cap=3.0, sinks=True, dropout=0.2, value_dim=6, queries=(30, 140), lse=True),
     "everything, shuffled": Case(n_key_heads=2, window=70, soft_cap=3.0, sinks=True, dropout=0.2, order="shuffled", lse=True),
     "one token past a block": Case(n_tokens=65),
     "short": Case(n_tokens=3),
@@ -130,7 +128,7 @@ def run(attention: object, leaves: dict[str, Tensor], rest: dict[str, object]) -
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem goes through the kernels, in several blocks."""
     monkeypatch.setattr(op, "_SMALL_LOGITS", 0)
-    monkeypatch.setattr(_attention_flash, "_BLOCK_BIAS", 1)
+    monkeypatch.setattr(_attention_flash, "_BLOCK_MASK", 1)
     monkeypatch.setattr(_attention_chunked, "_BLOCK_LOGITS", 1 << 12)
 
 
@@ -262,9 +260,7 @@ def test_a_short_table_is_an_error(contiguous: bool, causal: bool) -> None:
     table = torch.zeros(2, 150 if causal else 299)
     with pytest.raises(ValueError, match="150 distances does not reach 199 tokens"):
         biased_attention(q, q, q, query=query, key=query, scale=1.0, table_HN=table, contiguous=contiguous, causal=causal)
-    y, _ = biased_attention(
-        q, q, q, query=query, key=query, scale=1.0, table_HN=table, contiguous=contiguous, causal=causal, window=150
-    )
+    y, _ = biased_attention(q, q, q, query=query, key=query, scale=1.0, table_HN=table, contiguous=contiguous, causal=causal, window=150)
     assert y.isfinite().all()
 
 

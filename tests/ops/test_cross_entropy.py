@@ -36,9 +36,7 @@ def test_losses_and_gradients_in_float64(chunk_tokens: int | None, soft_cap: flo
     leaves = [hidden_ND, weight_VD, *([bias_V] if biased else [])]
     total, loss, z = independent(hidden_ND, weight_VD, bias, labels_N, soft_cap, z_weight)
     expected = torch.autograd.grad(0.7 * total, leaves)
-    got = chunked_cross_entropy(
-        hidden_ND, weight_VD, bias, labels_N, soft_cap=soft_cap, z_weight=z_weight, chunk_tokens=chunk_tokens
-    )
+    got = chunked_cross_entropy(hidden_ND, weight_VD, bias, labels_N, soft_cap=soft_cap, z_weight=z_weight, chunk_tokens=chunk_tokens)
     for left, right in ((got.total, total), (got.loss_sum, loss), (got.z_sum, z)):
         torch.testing.assert_close(left.detach(), right.detach(), rtol=1e-12, atol=1e-12)
     assert got.count.item() == (labels_N != IGNORED).sum().item()
@@ -120,14 +118,20 @@ def test_compiles_without_graph_breaks() -> None:
         return chunked_cross_entropy(hidden, weight, bias, labels_N, chunk_tokens=4, z_weight=0.1).total
 
     compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
-    results = [(loss := f(hidden_ND, weight_VD, bias_V), *torch.autograd.grad(loss, (hidden_ND, weight_VD, bias_V))) for f in (total, compiled)]
+    results = [
+        (loss := f(hidden_ND, weight_VD, bias_V), *torch.autograd.grad(loss, (hidden_ND, weight_VD, bias_V))) for f in (total, compiled)
+    ]
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"weight_VD": torch.zeros(9, 5)}, r"\[N, D\]"), ({"bias_V": torch.zeros(8)}, r"bias must be \[9\]"), ({"chunk_tokens": 0}, "at least 1")],
+    [
+        ({"weight_VD": torch.zeros(9, 5)}, r"\[N, D\]"),
+        ({"bias_V": torch.zeros(8)}, r"bias must be \[9\]"),
+        ({"chunk_tokens": 0}, "at least 1"),
+    ],
 )
 def test_wrong_arguments_are_errors(change: dict[str, object], message: str) -> None:
     arguments = {"hidden_ND": torch.zeros(3, 4), "weight_VD": torch.zeros(9, 4), "bias_V": None, "labels_N": torch.zeros(3).long()}

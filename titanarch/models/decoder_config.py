@@ -28,18 +28,18 @@ class PositionConfig(Section):
     )
     relative: RelativePositions = Field((), description="default of every attention layer: rotations and biases by distance")
     start_augmentation: Positive | None = Field(
-        None, description="in training, add U{0 .. this - seq_len} to all positions of a row, tokens; None: positions start at 0"
+        None, description="in training, add U{0 .. this - seq_len} to all positions of a row, tokens; unset: positions start at 0"
     )
 
 
 class DecoderConfig(ModelConfig):
     """Embedding (+ absolute position), blocks, final norm unless post_norm, head."""
 
-    flavor: str | None = Field(None, description="a named size, whose keys are defaults of this table; None: all keys are given here")
+    flavor: str | None = Field(None, description="a named size, whose keys are defaults of this table; unset: all keys are given here")
     n_layers: Positive = Field(description="blocks")
     d_model: Positive = Field(description="width of the residual stream, channels")
     n_heads: Positive = Field(description="query heads of every mixer that has heads, unless its table says otherwise")
-    vocab_size: Positive | None = Field(None, description="rows of the embedding; None: the tokenizer's vocabulary")
+    vocab_size: Positive | None = Field(None, description="rows of the embedding; unset: the tokenizer's vocabulary")
     layers: ListOf[str] = Field(("attention",), description="names of mixers, first block first; the pattern repeats over the depth")
     mixers: dict[str, Annotated[MixerConfig, MIXERS]] = Field(description="each mixer's table; its kind is its name unless given")
     position: PositionConfig = Field(default_factory=PositionConfig, description="position schemes")
@@ -49,7 +49,7 @@ class DecoderConfig(ModelConfig):
     dropout: Probability = Field(0.0, description="probability on embeddings and on what each mixer adds to the residual stream")
     tied_head: bool = Field(False, description="the head's matrix is the token embedding")
     head_bias: bool = Field(False, description="a bias on the logits")
-    head_soft_cap: Annotated[float, Field(gt=0)] | None = Field(None, description="logits become cap * tanh(logits / cap); None: no cap")
+    head_soft_cap: Annotated[float, Field(gt=0)] | None = Field(None, description="logits become cap * tanh(logits / cap); unset: no cap")
     scale_embedding: bool = Field(False, description="multiply token embeddings by sqrt(d_model)")
     init: InitConfig = Field(InitConfig(), description="initial weights")
 

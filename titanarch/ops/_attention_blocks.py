@@ -3,6 +3,7 @@
 Shapes: B rows, T queries, S keys, H query heads, G key heads, K key dim, V value dim, M entries of the bias by distance.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -126,3 +127,18 @@ class Gradients:
         new = a.bias_HM.new_zeros
         n_sinks = 0 if a.sinks_H is None else a.sinks_H.shape[0]
         return Gradients(torch.zeros_like(a.q_BTHK), new(a.k_BSGK.shape), new(a.v_BSGV.shape), new(a.bias_HM.shape), new(n_sinks))
+
+
+class Scratch:
+    """Memory that the blocks of one call share: a name gives the same storage in every shape."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.stores: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        n_elements = math.prod(shape)
+        store = self.stores.get(name)
+        if store is None or store.numel() < n_elements:
+            store = self.stores[name] = self.like.new_empty(n_elements)
+        return store[:n_elements].view(shape)

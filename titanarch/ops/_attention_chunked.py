@@ -20,27 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titanarch.ops._attention_blocks import Block, Gradients, Inputs
+from titanarch.ops._attention_blocks import Block, Gradients, Inputs, Scratch
 from titanarch.ops._attention_tokens import NEVER
 from titanarch.ops.counter_random import column_words, extend_keys, keep_from_bits, random_bits
 
 _BLOCK_LOGITS = 1 << 20
 """Logits of a block, elements: 4 MiB in float32, so that its passes stay in the cache."""
-
-
-class _Scratch:
-    """Memory that the blocks of one call share: a name gives the same storage in every shape."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.stores: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        n_elements = math.prod(shape)
-        store = self.stores.get(name)
-        if store is None or store.numel() < n_elements:
-            store = self.stores[name] = self.like.new_empty(n_elements)
-        return store[:n_elements].view(shape)
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ def _keep_scaled(a: Inputs, around: _Surroundings, head: int) -> Tensor | None:
 
 
 def _probabilities(
-    a: Inputs, block: Block, head: int, q_bRK: Tensor, around: _Surroundings, scratch: _Scratch
+    a: Inputs, block: Block, head: int, q_bRK: Tensor, around: _Surroundings, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Softmax [b, R, s] without the sink, the logits, and the soft cap's tanh; all in scratch memory."""
     shape = (*q_bRK.shape[:2], block.n_keys)
@@ -112,7 +97,7 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] in q's dtype; lse [B, T, H], the sink included, -inf where a query sees nothing."""
     y_BTHV = a.q_BTHK.new_empty(*a.q_BTHK.shape[:3], a.v_BSGV.shape[3])
     lse_BTH = a.bias_HM.new_empty(a.q_BTHK.shape[:3])
-    scratch = _Scratch(a.bias_HM)
+    scratch = Scratch(a.bias_HM)
     for block in a.blocks(*_block_size(a)):
         where = (block.rows, a.tokens(block))
         if block.n_keys == 0:
@@ -126,7 +111,7 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor]:
     return with_sinks(y_BTHV, lse_BTH, a.sinks_H)
 
 
-def _forward_head(a: Inputs, block: Block, head: int, around: _Surroundings, scratch: _Scratch) -> tuple[Tensor, Tensor]:
+def _forward_head(a: Inputs, block: Block, head: int, around: _Surroundings, scratch: Scratch) -> tuple[Tensor, Tensor]:
     q_bRK = a.queries(a.q_BTHK, block, head)
     p_bRs, score_bRs, _ = _probabilities(a, block, head, q_bRK, around, scratch)
     top_bR = score_bRs.amax(-1)
@@ -157,7 +142,7 @@ def backward(a: Inputs, y_BTHV: Tensor, lse_BTH: Tensor, dy_BTHV: Tensor, dlse_B
         grads.sinks.copy_(-(over_BTH.exp() * delta_BTH).sum((0, 1)))
         share_BTH = over_BTH.expm1_().neg_()
     delta_BTH *= share_BTH
-    scratch = _Scratch(a.bias_HM)
+    scratch = Scratch(a.bias_HM)
     for block in a.blocks(*_block_size(a)):
         if block.n_keys == 0:
             continue
@@ -174,7 +159,7 @@ def _backward_head(
     block: Block,
     head: int,
     around: _Surroundings,
-    scratch: _Scratch,
+    scratch: Scratch,
     grads: Gradients,
     dy_bRV: Tensor,
     delta_bR1: Tensor,
@@ -204,7 +189,7 @@ def _score_gradient(
     block: Block,
     head: int,
     around: _Surroundings,
-    scratch: _Scratch,
+    scratch: Scratch,
     grads: Gradients | None,
 ) -> Tensor:
     """dS = p dp [b, R, s], and its sums by distance added to ``grads.bias``. Where the bias has one head, heads add up."""

@@ -35,7 +35,7 @@ class TrainingConfig(Section):
     seq_len: PositiveInt = Field(description="tokens of a row")
     global_batch_size: PositiveInt = Field(description="rows of an optimizer step, over all processes")
     local_batch_size: PositiveInt | None = Field(
-        None, description="rows of a forward on one process; None: all of its rows at once", json_schema_extra=FREE
+        None, description="rows of a forward on one process; unset: all of its rows at once", json_schema_extra=FREE
     )
     steps: PositiveInt | None = Field(None, description="budget, optimizer steps")
     tokens: PositiveInt | None = Field(None, description="budget, tokens")

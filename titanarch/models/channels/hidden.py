@@ -24,10 +24,10 @@ class HiddenConfig(ChannelConfig):
     default_expansion: ClassVar[float]
     default_multiple: ClassVar[int]
 
-    d_ff: Positive | None = Field(None, description="hidden units; None: expansion * d_model, rounded up to a multiple of multiple_of")
-    expansion: Annotated[float, Field(gt=0)] | None = Field(None, description="hidden units / d_model; None: 4 for mlp, 8/3 with a gate")
+    d_ff: Positive | None = Field(None, description="hidden units; unset: expansion * d_model, rounded up to a multiple of multiple_of")
+    expansion: Annotated[float, Field(gt=0)] | None = Field(None, description="hidden units / d_model; unset: 4 for mlp, 8/3 with a gate")
     multiple_of: Positive | None = Field(
-        None, description="expansion * d_model is rounded up to a multiple of this, units; None: 1 for mlp, 64 with a gate"
+        None, description="expansion * d_model is rounded up to a multiple of this, units; unset: 1 for mlp, 64 with a gate"
     )
     bias: bool = Field(False, description="biases on all projections")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability of dropping a hidden unit, after the activation")

@@ -4,14 +4,15 @@ Shapes: B rows, T tokens, D model dim, H query heads, G key/value heads, K head 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
+from titanarch.config.section import OneOrMore
 from titanarch.contract.cost import Cost, linear_cost, mean_visible_keys
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams, Linear, local
@@ -24,12 +25,7 @@ from titanarch.contract.split import ContextParallel, Side, Split, Stream
 from titanarch.ops.biased_attention import AttentionDropout, AttentionTokens, biased_attention
 
 
-def as_list(value: Any) -> Any:
-    """One component, or several, as a tuple of them."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-RelativePositions = Annotated[tuple[Annotated[RelativePositionConfig, RELATIVE_POSITIONS], ...], BeforeValidator(as_list)]
+RelativePositions = OneOrMore[Annotated[RelativePositionConfig, RELATIVE_POSITIONS]]
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -38,12 +34,12 @@ class AttentionConfig(MixerConfig):
     """[model.mixers.attention]; ``n_heads`` and ``position`` come from [model] unless given here."""
 
     n_heads: Positive = Field(description="query heads")
-    n_kv_heads: Positive | None = Field(None, description="key and value heads, a divisor of n_heads; None: n_heads")
-    head_dim: Positive | None = Field(None, description="channels a head; None: d_model / n_heads")
+    n_kv_heads: Positive | None = Field(None, description="key and value heads, a divisor of n_heads; unset: n_heads")
+    head_dim: Positive | None = Field(None, description="channels a head; unset: d_model / n_heads")
     position: RelativePositions = Field((), description="rotations and biases by distance; several are applied together")
-    window: Positive | None = Field(None, description="a query sees this many tokens, itself included; None: all before it")
-    scale: float | None = Field(None, description="factor of the logits; None: 1 / sqrt(head_dim)")
-    soft_cap: Annotated[float, Field(gt=0)] | None = Field(None, description="logits become cap * tanh(logits / cap); None: no cap")
+    window: Positive | None = Field(None, description="a query sees this many tokens, itself included; unset: all before it")
+    scale: float | None = Field(None, description="factor of the logits; unset: 1 / sqrt(head_dim)")
+    soft_cap: Annotated[float, Field(gt=0)] | None = Field(None, description="logits become cap * tanh(logits / cap); unset: no cap")
     qk_norm: bool = Field(False, description="RMSNorm on each head's query and key, before rotation")
     sinks: bool = Field(False, description="a learned logit a head in the denominator (attention sinks)")
     output_gate: bool = Field(False, description="multiply the heads' output by sigmoid(x W_g)")

@@ -28,7 +28,7 @@ class ExternalConfig(MixerConfig):
     arguments: dict[str, Argument] = Field({}, description='keyword arguments of the class; "$d_model" and "$layer" stand for their values')
     mix_documents: bool = Field(False, description="let documents packed into one row mix, since the class is told nothing of them")
     flops_per_token: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="forward FLOPs a token beyond its Linears; None: the Linears alone, counted"
+        None, description="forward FLOPs a token beyond its Linears; unset: the Linears alone, counted"
     )
 
 

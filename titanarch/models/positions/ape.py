@@ -33,7 +33,7 @@ class CombinedPositionConfig(AbsolutePositionConfig):
     """The keys that the three variants share."""
 
     base: Literal["learned", "sinusoidal"] = Field("learned", description="where P comes from: a learned table or fixed sinusoids")
-    max_length: MaxLength | None = Field(None, description="rows of the learned table, tokens; None: the run's seq_len")
+    max_length: MaxLength | None = Field(None, description="rows of the learned table, tokens; unset: the run's seq_len")
 
     @model_validator(mode="after")
     def _no_rows_without_table(self) -> "CombinedPositionConfig":

@@ -36,7 +36,7 @@ def look_up(table: nn.Embedding, position_BT: Tensor) -> Tensor:
 class LearnedConfig(AbsolutePositionConfig):
     """[model.position.absolute] of kind learned."""
 
-    max_length: MaxLength | None = Field(None, description="rows of the table, tokens; None: the run's seq_len")
+    max_length: MaxLength | None = Field(None, description="rows of the table, tokens; unset: the run's seq_len")
 
 
 @absolute_position("learned")

@@ -68,7 +68,7 @@ class ScaledSinusoidalConfig(AbsolutePositionConfig):
     """[model.position.absolute] of kind scaled_sinusoidal."""
 
     theta: Theta = Field(10_000.0, description="longest wavelength over 2 pi, tokens")
-    initial_scale: float | None = Field(None, description="the learned factor at the start; None: 1 / sqrt(d_model)")
+    initial_scale: float | None = Field(None, description="the learned factor at the start; unset: 1 / sqrt(d_model)")
 
 
 @absolute_position("scaled_sinusoidal")
