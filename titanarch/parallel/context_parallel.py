@@ -116,4 +116,7 @@ def apply_context_parallel(mixer: SequenceMixer, group: ProcessGroup, method: Co
     if method not in mixer.context_parallel:
         declared = ", ".join(m.value for m in mixer.context_parallel)
         raise ValueError(f"{type(mixer).__qualname__} declares context parallelism by {declared}, not by {method.value}")
+    if method not in MIX_BY_METHOD:
+        available = ", ".join(m.value for m in MIX_BY_METHOD)
+        raise ValueError(f"context parallelism by {method.value} is not in this version; available: {available}")
     mixer.mix_step = MIX_BY_METHOD[method](group, mixer.mix_step)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from titanarch.contract.mixer import BaseMixer
 from titanarch.contract.model import MODELS, Model
 from titanarch.data.layout import RowLayout
 from titanarch.data.tokenizers import build_tokenizer
+from titanarch.evaluate.config import check_splits
 from titanarch.parallel.mesh import resolve_degrees
 from titanarch.train.budget import build_budget
 from titanarch.train.metrics.config import check_sinks
@@ -36,6 +37,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
         collect(RowLayout, config.training.global_batch_size, local_batch_size(config, n), 0, n)
     collect(check_sinks, config.metrics)
     collect(check_profiling, config.profiling, device_type=device_type)
+    collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
     collect(_check_schedule, config)
     collect(_check_model, config)
     if problems:

@@ -118,7 +118,7 @@ class Trainer:
             losses = self._validate()
             if self.config.checkpoint.last_save and self.progress.step > first_step:
                 self._save(last=True)
-            result = self._result(losses, time.monotonic() - started)
+            result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
             self.log.close(result)
@@ -226,7 +226,10 @@ class Trainer:
         """Parameters by their names in the bare model, which activation checkpointing changes."""
         return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in self.model.named_parameters()]
 
-    def _result(self, losses: dict[str, float], wall_seconds: float) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
+        """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""
+        if not self.config.evaluation.enable:
+            return {}
         with self.meter.paused():
             evaluation = evaluate(
                 self.model,
@@ -239,6 +242,11 @@ class Trainer:
                 dp_degree=self.processes.world_size,
                 reduce=self.processes.sum,
             )
+        return {"evaluation": evaluation.rows, "evaluation_tables": evaluation.to_json()}
+
+    def _result(self, losses: dict[str, float], started: float) -> dict[str, Any]:
+        """``started``: the monotonic clock at the start, seconds."""
+        evaluation = self._evaluate()
         return {
             "run": str(self.folder.path),
             "step": self.progress.step,
@@ -250,10 +258,9 @@ class Trainer:
             "training_flops": self.cost.training_flops_per_token * self.progress.tokens,
             "skipped_steps": self.guard.skipped + self.scaler.overflows,
             **self.meter.totals(),
-            "wall_seconds": wall_seconds,
+            "wall_seconds": time.monotonic() - started,
             "losses": {name.removesuffix("_loss"): value for name, value in losses.items()},
-            "evaluation": evaluation.rows,
-            "evaluation_tables": evaluation.to_json(),
+            **evaluation,
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }
 
