@@ -4,26 +4,14 @@ from pathlib import Path
 import pytest
 
 from titanarch.cli.main import main
+from titanarch.data.cache import open_tokens
+from titanarch.data.config import DataConfig
+from titanarch.data.rows import IndexedRows
 from titanarch.data.tokenizers import BytesConfig, BytesTokenizer
 
 TEXTS = [f"document {i}, of some words" for i in range(20)]
 LENGTH = len(TEXTS[0]) + 1
-CONFIG = """
-[job]
-dump_folder = "run"
-[model]
-name = "decoder"
-[data]
-tokenizer = "bytes"
-source = {{ kind = "jsonl", paths = ["{path}"], id_key = "id" }}
-validation_fraction = 0.2
-[training]
-seq_len = 40
-global_batch_size = 2
-steps = 1
-[debug]
-seed = 5
-"""
+DEBUG_RUN = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 
 
 @pytest.fixture(autouse=True)
@@ -99,22 +87,16 @@ def test_row_of_streams_with_its_boundaries(source: list[str], capsys: pytest.Ca
     ]
 
 
-def test_row_by_a_configuration_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from titanarch.data.cache import open_tokens
-    from titanarch.data.config import DataConfig
-    from titanarch.data.rows import IndexedRows
-
-    config = tmp_path / "run.toml"
-    config.write_text(CONFIG.format(path=path))
-    assert main(["data", "inspect", "--config", str(config), "--row", "2"]) == 0
+def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*source, "--training.seq_len", "40", "--debug.seed", "5"]
+    assert main(["data", "inspect", "--config", str(DEBUG_RUN), *overrides, "--row", "2"]) == 0
     shown = capsys.readouterr().out
-    table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}, "validation_fraction": 0.2}
+    table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}}
     tokenizer = BytesTokenizer(BytesConfig())
     rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5)
-    tokens = rows.read(2, 1).tokens_BS[0, :-1]
     assert shown.startswith("row 2: 40 tokens, ")
     text = "".join(line for line in shown.splitlines()[1:] if not line.startswith("--- "))
-    assert text == tokenizer.decode(tokens)
+    assert text == tokenizer.decode(rows.read(2, 1).tokens_BS[0, :-1])
 
 
 @pytest.mark.parametrize(

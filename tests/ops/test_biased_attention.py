@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from titanarch.ops import _attention_chunked, _attention_flash, biased_attention as op
+from titanarch.ops import _attention_chunked, _attention_flash
+from titanarch.ops import biased_attention as op
 from titanarch.ops.biased_attention import AttentionDropout, AttentionTokens, biased_attention, reference_attention
 
 
@@ -220,7 +221,8 @@ def test_gathered_shards_draw_the_same_dropout(packed: bool) -> None:
     leaves, rest = problem(case)
     whole, _ = biased_attention(**leaves, **rest)  # type: ignore[arg-type]
     query, dropout = rest["query"], rest["dropout"]
-    assert isinstance(query, AttentionTokens) and isinstance(dropout, AttentionDropout)
+    assert isinstance(query, AttentionTokens)
+    assert isinstance(dropout, AttentionDropout)
     for part in (slice(0, 70), slice(70, 150)):
         shard = AttentionTokens(query.index_T[part], query.document_BT[:, part])
         for heads in (slice(0, 1), slice(1, 4)):

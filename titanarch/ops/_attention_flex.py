@@ -9,7 +9,7 @@ Shapes: B rows, T queries, S keys, H query heads, G key heads, K key dim, V valu
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -131,7 +131,8 @@ def flex(
         # Beyond the table a visible key would get a wrong bias: not-a-number is seen at once.
         return logit + torch.where((distance if causal else distance.abs()) < reach, table_HN[h, inside + zero], math.nan)
 
-    run: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() or not q_BTHK.is_cuda else _compiled()
+    alone = q_BTHK.is_cuda and not torch.compiler.is_compiling()
+    run = _compiled() if alone else cast(Callable[..., Any], flex_attention)
     y_BHTV, extra = run(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),

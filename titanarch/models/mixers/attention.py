@@ -24,7 +24,6 @@ from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
 from titanarch.ops.biased_attention import AttentionDropout, AttentionTokens, biased_attention
 
-
 RelativePositions = OneOrMore[Annotated[RelativePositionConfig, RELATIVE_POSITIONS]]
 
 Positive = Annotated[int, Field(gt=0)]

@@ -80,7 +80,9 @@ class YarnConfig(RotaryScalingConfig):
     original_length: Length = Field(description="length of pretraining, tokens")
     beta_fast: Positive = Field(32.0, description="frequencies with more turns than this in original_length are kept")
     beta_slow: Positive = Field(1.0, description="frequencies with fewer turns than this are divided by factor")
-    attention_factor: Positive | None = Field(None, description="what rotated queries and keys are multiplied by; unset: 0.1 ln(factor) + 1")
+    attention_factor: Positive | None = Field(
+        None, description="what rotated queries and keys are multiplied by; unset: 0.1 ln(factor) + 1"
+    )
 
     @model_validator(mode="after")
     def _fast_above_slow(self) -> "YarnConfig":
