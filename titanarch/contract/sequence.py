@@ -33,8 +33,9 @@ class SequenceInfo:
     ``index_T``: index of each token in its row, the same for all rows; under context parallelism the tokens here
     are not the first ones, so an ``arange(T)`` in a component is a bug. ``row_B``: number of each row in the run,
     which keys random draws. ``length``: tokens of a whole row. ``seed``: the run's, or None where nothing is drawn
-    (evaluation, generation). ``packed``: False promises that every row is one document. ``contiguous``: whether ``index_T`` counts up by one. ``cu_seqlens``: starts of
-    the documents in the flattened batch, int32, padded to a fixed length with the number of tokens. ``whole_row``:
+    (evaluation, generation). ``packed``: False promises that every row is one document. ``contiguous``: whether
+    ``index_T`` counts up by one. ``cu_seqlens``: starts of the documents in the flattened batch, int32, padded to a
+    fixed length with the number of tokens. ``whole_row``:
     the same batch undivided, where context parallelism divides it.
     """
 
