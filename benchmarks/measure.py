@@ -115,10 +115,15 @@ def compare(
         if sys.stderr.isatty():
             end = "\n" if i + 1 == n_rounds else ""
             print(f"\r{first_name} / {second_name}: round {i + 1} of {n_rounds}", end=end, file=sys.stderr, flush=True)
+    return comparison_of(first_name, second_name, rounds=rounds, control=control)
+
+
+def comparison_of(first: str, second: str, *, rounds: list[list[Sample]], control: list[list[Sample]]) -> Comparison:
+    """What samples say; see Comparison. ``first`` and ``second``: names."""
     control_ratio = bootstrap_ratio(_ratios(control, "wall_seconds"))
     return Comparison(
-        first=first_name,
-        second=second_name,
+        first=first,
+        second=second,
         rounds=rounds,
         control=control,
         wall_speedup=bootstrap_ratio(_ratios(rounds, "wall_seconds")),

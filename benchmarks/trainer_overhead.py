@@ -1,28 +1,32 @@
 """The trainer's own time: its step against a bare hand-written loop around the same model.
 
-    python benchmarks/trainer_overhead.py                       # about 5 minutes
-    python benchmarks/trainer_overhead.py --models null --rounds 10 --record ""
+    PYTHONPATH=. python benchmarks/trainer_overhead.py                       # about 5 minutes
+    PYTHONPATH=. python benchmarks/trainer_overhead.py --models null --rounds 10 --record ""
 
 One side is the trainer as a run uses it: loader, step, clipping, schedule, metrics, garbage collection, loader state, a row
 every 10 steps to the default sinks but the terminal's. The other is the least that trains the same: batches made
 beforehand, forward, backward, ``clip_grad_norm_``, torch's fused AdamW, the same schedule. Both start from the same weights
 and read the same rows; how far the weights are apart after the first steps stands in the record. The models: ``null``, which
-costs nothing, so that what remains is the trainer, and a decoder of 12M parameters. A second pair shows what FSDP2 itself
-costs: the bare loop around the model wrapped in it and as it is.
+costs nothing, so that what remains is the trainer, and a decoder of 12M parameters. Two more pairs: the trainer against the
+bare loop with the trainer's own clipping and AdamW, which work on shards and skip DTensor's dispatch, so that what remains is
+the loop around them; and what FSDP2 itself costs, the bare loop around the model wrapped in it and as it is.
 """
 
 import argparse
 import itertools
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import null_model  # noqa: F401 (registers the model)
 import torch
 from measure import Comparison, Sample, bootstrap_ratio, compare, record
+from sliced_trainer import SlicedTrainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -34,14 +38,13 @@ from titanarch.data.loader import build_loader
 from titanarch.evaluate.sequence import sequence_of
 from titanarch.parallel.apply import materialize
 from titanarch.train.check import meta_model, vocabulary
+from titanarch.train.gradients import GradientClipper
+from titanarch.train.local_optimizers import LocalAdam
 from titanarch.train.processes import Processes, start_processes, stop_processes
-from titanarch.train.profiling import Profiler
-from titanarch.train.reproducibility import GarbageCollection
 from titanarch.train.resolve import resolve
 from titanarch.train.run_config import RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.setup import build_model
-from titanarch.train.trainer import Trainer
 
 TOTAL_STEPS = 1_000_000
 N_BATCHES = 64
@@ -67,42 +70,24 @@ class Scale:
 SCALES = {"null": Scale(8, 128, 100, 40), "12m": Scale(4, 128, 10, 10), "tiny": Scale(2, 32, 10, 2)}
 
 
-class SlicedTrainer(Trainer):
-    """The trainer, some steps at a time."""
-
-    def open(self, stack: ExitStack) -> None:
-        """All that ``run`` does before its loop."""
-        for close in (self.log.close, self.checkpointer.close, self.loader.close):
-            stack.callback(close)
-        self._resume()
-        self.budget.start(self.progress.step, self.progress.tokens)
-        self.meter.start(self.budget.fraction)
-        profiling, device = self.config.profiling, self.processes.device
-        self._profiler = stack.enter_context(Profiler(profiling, self.folder.path, rank=0, device=device, start_step=0))
-        self._garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
-
-    def steps(self, n: int) -> None:
-        """``n`` turns of the loop as it is."""
-        end, collect = self.progress.step + n, self._garbage.after_step
-
-        def after_step(step: int) -> None:
-            collect(step)
-            self.budget.done = step == end
-
-        self.budget.done = False
-        self._loop(self._profiler.step, after_step)
-
-
 class BareLoop:
-    """The least that trains ``model``."""
+    """The least that trains ``model``. ``own``: with the trainer's clipping and AdamW in place of torch's."""
 
-    def __init__(self, model: Model, batches: list[tuple[Batch, SequenceInfo, int]]) -> None:
+    def __init__(self, model: Model, batches: list[tuple[Batch, SequenceInfo, int]], *, own: bool = False) -> None:
         self.model = model
         self.batches: Iterator[tuple[Batch, SequenceInfo, int]] = itertools.cycle(batches)
         self.parameters = list(model.parameters())
         matrices, vectors = ([p for p in self.parameters if (p.dim() >= 2) is decays] for decays in (True, False))
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=BETAS, fused=True)
+        groups = [group for group in groups if group["params"]]
+        self.clip: Callable[[], Tensor]
+        self.optimizer: torch.optim.Optimizer
+        if own:
+            self.clip = GradientClipper(self.parameters, MAX_NORM).clip
+            self.optimizer = LocalAdam(groups, lr=LR, betas=BETAS, decoupled_weight_decay=True, fused=True)
+        else:
+            self.clip = partial(torch.nn.utils.clip_grad_norm_, self.parameters, MAX_NORM)
+            self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
         self.step = 0
 
     def steps(self, n: int) -> None:
@@ -113,7 +98,7 @@ class BareLoop:
             batch, sequence, n_targets = next(self.batches)
             objective = self.model(batch.tokens_BT, sequence, batch.labels_BT)
             (objective.total / n_targets).backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+            self.clip()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -126,7 +111,7 @@ def configuration(name: str, scale: Scale, folder: Path) -> RunConfig:
     table = {
         "job": {"dump_folder": str(folder)},
         "model": MODELS[name],
-        "data": {"limit_documents": 32, "cache_dir": str(folder / "cache")},
+        "data": {"limit_documents": 200, "cache_dir": str(folder / "cache")},
         "training": {**training, "mixed_precision_param": "float32"},
         "optimizer": adamw,
         "lr_scheduler": "linear",
@@ -138,7 +123,7 @@ def configuration(name: str, scale: Scale, folder: Path) -> RunConfig:
     return resolve(RunConfig.model_validate(table), seed=0, device_type="cpu")
 
 
-def batches_of(trainer: Trainer) -> list[tuple[Batch, SequenceInfo, int]]:
+def batches_of(trainer: SlicedTrainer) -> list[tuple[Batch, SequenceInfo, int]]:
     """The first batches that ``trainer`` will read, with what the model is told of them and their targets counted."""
     training = trainer.config.training
     loader = build_loader(
@@ -183,39 +168,48 @@ def extra_microseconds(comparison: Comparison, steps: int, clock: str) -> dict[s
     return {"median": median.median, "low": median.low, "high": median.high}
 
 
-def compared(name: str, scale: Scale, processes: Processes, folder: Path) -> list[Comparison | dict[str, Any]]:
-    """The two pairs of one model, and what follows from them."""
+def compare_all(name: str, scale: Scale, processes: Processes, folder: Path) -> tuple[list[Comparison], dict[str, Any]]:
+    """The three pairs of one model, and what follows from them."""
     config = configuration(name, scale, folder)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = SlicedTrainer(config, processes, RunFolder(folder))
     vocab_size = vocabulary(config, trainer.tokenizer.vocab_size)
     batches = batches_of(trainer)
-    bare = BareLoop(build_model(config, processes, vocab_size).model, batches)
+    bare, own = (BareLoop(build_model(config, processes, vocab_size).model, batches, own=own) for own in (False, True))
     plain = BareLoop(unwrapped(config, vocab_size), batches)
-    n = scale.steps
+    programs = {
+        "trainer": trainer,
+        "bare loop": bare,
+        "bare loop, our AdamW and clipping": own,
+        "bare loop, no FSDP2": plain,
+    }
+    called = {key: (f"{name}: {key}", partial(program.steps, scale.steps)) for key, program in programs.items()}
+    pairs = {
+        "trainer_over_bare": ("trainer", "bare loop"),
+        "trainer_over_bare_with_our_adamw_and_clipping": ("trainer", "bare loop, our AdamW and clipping"),
+        "fsdp2_over_none": ("bare loop", "bare loop, no FSDP2"),
+    }
     with ExitStack() as stack:
         trainer.open(stack)
-        for program in (trainer, bare, plain):
-            program.steps(n)
-        distance = {"trainer": apart(trainer.model, bare.model), "without FSDP2": apart(plain.model, bare.model)}
-        own = compare((f"{name}: trainer", lambda: trainer.steps(n)), (f"{name}: bare loop", lambda: bare.steps(n)), n_rounds=scale.rounds)
-        fsdp = compare(
-            (f"{name}: bare loop, FSDP2", lambda: bare.steps(n)),
-            (f"{name}: bare loop, no FSDP2", lambda: plain.steps(n)),
-            n_rounds=max(scale.rounds // 2, 2),
-        )
+        for _, call in called.values():
+            call()
+        distances = {key: apart(program.model, bare.model) for key, program in programs.items()}
+        compared = {pair: compare(called[first], called[second], n_rounds=scale.rounds) for pair, (first, second) in pairs.items()}
+    against_bare, n_tokens = compared["trainer_over_bare"], scale.steps * trainer.tokens_per_step
     summary = {
         "model": name,
         "parameters": trainer.cost.parameters,
         "tokens_per_step": trainer.tokens_per_step,
-        "steps_per_call": n,
-        "largest_weight_difference_after_first_call": distance,
-        "trainer_extra_us_per_step": {clock: extra_microseconds(own, n, f"{clock}_seconds") for clock in ("wall", "cpu")},
-        "fsdp2_extra_us_per_step": {clock: extra_microseconds(fsdp, n, f"{clock}_seconds") for clock in ("wall", "cpu")},
-        "trainer_tokens_per_second": n * trainer.tokens_per_step / own.first_median_seconds,
-        "bare_tokens_per_second": n * trainer.tokens_per_step / own.second_median_seconds,
+        "steps_per_call": scale.steps,
+        "largest_weight_difference_from_bare_after_first_call": distances,
+        "extra_us_per_step": {
+            pair: {clock: extra_microseconds(comparison, scale.steps, f"{clock}_seconds") for clock in ("wall", "cpu")}
+            for pair, comparison in compared.items()
+        },
+        "trainer_tokens_per_second": n_tokens / against_bare.first_median_seconds,
+        "bare_tokens_per_second": n_tokens / against_bare.second_median_seconds,
     }
-    return [own, fsdp, summary]
+    return list(compared.values()), summary
 
 
 def main() -> None:
@@ -234,9 +228,9 @@ def main() -> None:
         for name in options.models:
             scale = SCALES[name]
             scale = Scale(scale.rows, scale.seq_len, scale.steps, options.rounds or scale.rounds)
-            own, fsdp, summary = compared(name, scale, processes, Path(folder) / name)
-            results += [own, fsdp, summary]
-            print(own.summary(), fsdp.summary(), *(f"  {key}: {value}" for key, value in summary.items()), sep="\n", flush=True)
+            comparisons, summary = compare_all(name, scale, processes, Path(folder) / name)
+            results += [*comparisons, summary]
+            print(*(comparison.summary() for comparison in comparisons), json.dumps(summary, indent=1), sep="\n", flush=True)
     stop_processes()
     if options.record:
         print(record(options.record, results, settings=vars(options)))

@@ -88,7 +88,7 @@ def test_row_of_streams_with_its_boundaries(source: list[str], capsys: pytest.Ca
 
 
 def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [*source, "--training.seq_len", "40", "--debug.seed", "5"]
+    overrides = [*source, "--training.seq_len", "40", "--debug.seed", "5", "--data.limit_documents", "0"]
     assert main(["data", "inspect", "--config", str(DEBUG_RUN), *overrides, "--row", "2"]) == 0
     shown = capsys.readouterr().out
     table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}}

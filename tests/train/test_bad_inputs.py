@@ -45,7 +45,11 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
         (["--parallelism.data_parallel_shard_degree", "3"], ["data_parallel_shard_degree", "number of processes, 1"]),
         (["--model.vocab_size", "100"], ["fewer than the tokenizer's 8192"]),
         (["--training.seq_len", "65"], ["start_augmentation (48)", "training.seq_len (65)"]),
-        (["--data.source.kind", "jsonl", "--data.source.paths", '["nowhere.jsonl"]'], ["nowhere.jsonl"]),
+        (
+            ["--data.source.kind", "jsonl", "--data.source.paths", '["nowhere.jsonl"]', "--data.validation_fraction", "0.1"],
+            ["nowhere.jsonl"],
+        ),
+        (["--data.source.kind", "jsonl", "--data.source.paths", '["a.jsonl"]'], ["validation.enable", "data.validation_fraction"]),
         (["--lr_scheduler.warmup_steps", "20"], ["warmup_steps"]),
         (["--profiling.enable_memory_snapshot", "true"], ["enable_memory_snapshot", "cpu"]),
     ],

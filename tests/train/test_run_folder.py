@@ -37,8 +37,21 @@ def test_each_start_is_recorded(tmp_path: Path) -> None:
     assert not [p for p in folder.path.rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_another_configuration_is_refused_with_every_difference_and_changes_nothing(tmp_path: Path) -> None:
+def with_a_row(path: Path) -> None:
+    """Start and end a run that logged a step."""
+    folder = start(path)
+    folder.metrics_path.write_text('{"step": 1, "loss": 9.0}\n')
+    folder.close()
+
+
+def test_a_start_that_failed_before_its_first_row_binds_nothing(tmp_path: Path) -> None:
     start(tmp_path).close()
+    start(tmp_path, identity={**IDENTITY, "optimizer.lr": 1e-3}).close()
+    assert json.loads((tmp_path / "identity.json").read_text())["optimizer.lr"] == 1e-3
+
+
+def test_another_configuration_is_refused_with_every_difference_and_changes_nothing(tmp_path: Path) -> None:
+    with_a_row(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     other = {**IDENTITY, "optimizer.lr": 1e-3, "training.steps": 200, "model.width": 64}
     del other["seed"]
@@ -55,7 +68,7 @@ def test_another_configuration_is_refused_with_every_difference_and_changes_noth
 
 
 def test_an_allowed_difference_is_kept(tmp_path: Path) -> None:
-    start(tmp_path).close()
+    with_a_row(tmp_path)
     longer = {**IDENTITY, "training.steps": 200}
     with pytest.raises(ConfigError, match=r"\[training\] steps: is 200 here, but 100"):
         start(tmp_path, identity=longer)
@@ -72,7 +85,7 @@ def test_paths_that_can_be_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds metrics\.jsonl but no identity\.json"):
         start(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    start(tmp_path).close()
+    with_a_row(tmp_path)
     (tmp_path / "identity.json").write_text('{"seed": 7')
     with pytest.raises(ConfigError, match=r"identity\.json: is not JSON"):
         start(tmp_path)

@@ -4,6 +4,8 @@ import argparse
 import logging
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from titanarch.checkpoint.errors import CheckpointError
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
 from titanarch.train.gradients import NonFiniteError
@@ -19,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
-        result, is_main = train(load_from_arguments(args, RunConfig))
+        result, is_main = record(train)(load_from_arguments(args, RunConfig))
     except (CheckpointError, NonFiniteError) as error:
         print(error, file=sys.stderr)
         return 1

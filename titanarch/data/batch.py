@@ -36,7 +36,9 @@ class Batch:
     packed: bool
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on ``device``."""
+        """The same batch on ``device``; itself if it lies there."""
+        if device == self.tokens_BT.device:
+            return self
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":

@@ -142,3 +142,13 @@ def _check_reach(query_T: Tensor, key_S: Tensor, reach: int, causal: bool) -> No
         longest = max(longest, int(key_S.max() - query_T.min()))
     if longest >= reach:
         raise ValueError(f"a bias table of {reach} distances does not reach {longest} tokens; build it for the longest distance")
+
+
+def whole_mask(bias: DistanceBias, document_BT: Tensor | None) -> Tensor:
+    """The additive mask [B or 1, H or 1, T, T] of an aligned bias between T tokens and themselves."""
+    n_tokens = (bias.value_HM.shape[1] + 1) // 2
+    mask_1HTT = bias.value_HM.unfold(1, n_tokens, 1).flip(1).contiguous()[None]
+    if document_BT is None:
+        return mask_1HTT
+    other_BTT = document_BT[:, :, None] != document_BT[:, None, :]
+    return mask_1HTT + other_BTT[:, None].to(mask_1HTT.dtype).mul_(NEVER)

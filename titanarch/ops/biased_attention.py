@@ -14,16 +14,18 @@ Which kernel runs is decided by arguments, dtypes and device alone, never by dat
 1. nothing but causality on aligned sides, or nothing at all: ``F.scaled_dot_product_attention``, on CUDA cuDNN before flash;
 2. on CUDA, without dropout, float32 or less, head dims of 16 or more: FlexAttention (:mod:`titanarch.ops._attention_flex`);
 3. up to 2**14 logits: :func:`reference_attention`;
-4. a soft cap, dropout, different head dims, not on a CPU; the backward of a learned table or of lse: blocks of queries in
+4. on the CPU, equal aligned sides and head dims, a table without gradient or none, no more than documents, window and
+   causality beside it, and a mask of up to 2**22 entries: SDPA's flash with that mask;
+5. a soft cap, dropout, different head dims, not on a CPU; the backward of a learned table or of lse: blocks of queries in
    plain torch (:mod:`titanarch.ops._attention_chunked`), exact gradients, the table's by shearing;
-5. the rest: the CPU's flash kernel with the additive mask of one block of queries at a time
-   (:mod:`titanarch.ops._attention_flash`).
-4 and 5 hold no [T, S] tensor. :func:`reference_attention` is the definition, and the way to second derivatives.
+6. the rest: the CPU's flash kernel on blocks of queries (:mod:`titanarch.ops._attention_flash`).
+5 and 6 hold no [T, S] tensor. :func:`reference_attention` is the definition, and the way to second derivatives.
 
 Shapes: B rows, T queries, S keys, H query heads, G key heads (query head j uses key head j G // H), K key dim, V value dim,
 N distances of a table.
 """
 
+import contextlib
 import math
 
 import torch
@@ -41,12 +43,16 @@ from titanarch.ops._attention_tokens import (
     gathered_bias,
     known_offset,
     table_reach,
+    whole_mask,
 )
 from titanarch.ops.counter_random import column_words, extend_keys, keep_from_bits, random_bits, row_keys, token_keys
 
 __all__ = ["AttentionDropout", "AttentionTokens", "apply_sinks", "biased_attention", "reference_attention"]
 
 _SMALL_LOGITS = 1 << 14
+_WHOLE_MASK = 1 << 22
+"""Entries of a mask that may be written out and kept for the backward: 16 MiB in float32."""
+
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -85,7 +91,7 @@ def biased_attention(
     n_rows, n_queries, n_heads = q_BTHK.shape[:3]
     n_keys = k_BSGK.shape[1]
     if bare and not packed and not return_lse and (not causal or (offset == 0 and n_queries == n_keys)):
-        return _plain(q_BTHK, k_BSGK, v_BSGV, scale, causal), None
+        return _plain(q_BTHK, k_BSGK, v_BSGV, scale, causal=causal), None
     if _attention_flex.fits(q_BTHK, v_BSGV, dropout):
         y_BTHV, lse_BTH = _attention_flex.flex(
             q_BTHK, k_BSGK, v_BSGV, query=query, key=key, scale=scale, table_HN=table_HN, causal=causal, packed=packed,
@@ -104,6 +110,11 @@ def biased_attention(
         bias = gathered_bias(table_HN, query=query, key=key, window=window, causal=causal, like=like)
     else:
         bias = aligned_bias(table_HN, offset=offset, n_queries=n_queries, n_keys=n_keys, window=window, causal=causal, like=like)
+    additive = not (bias.value_HM.requires_grad or soft_cap or dropout is not None or sinks_H is not None or return_lse)
+    if additive and offset == 0 and n_queries == n_keys and q_BTHK.device.type == "cpu" and q_BTHK.shape[3] == v_BSGV.shape[3]:
+        document_BT = query.document_BT if packed else None
+        if bias.value_HM.shape[0] * n_queries * n_keys * (n_rows if packed else 1) <= _WHOLE_MASK:
+            return _plain(q_BTHK, k_BSGK, v_BSGV, scale, mask=whole_mask(bias, document_BT)), None
     y_BTHV, lse_BTH = biased_attention_operator(
         q_BTHK, k_BSGK, v_BSGV, bias.value_HM, bias.first, bias.visible_from, bias.visible_to, bias.aligned,
         query.index_T, key.index_T, query.document_BT if packed else None, key.document_BT if packed else None,
@@ -182,15 +193,14 @@ def _per_query_head(x_BSGX: Tensor, n_heads: int) -> Tensor:
     return x_BSGX.index_select(2, torch.arange(n_heads, device=x_BSGX.device) * n_key_heads // n_heads)
 
 
-def _plain(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, causal: bool) -> Tensor:
+def _plain(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     n_heads, grouped = q_BTHK.shape[2], k_BSGK.shape[2] != q_BTHK.shape[2]
     if grouped and n_heads % k_BSGK.shape[2]:
         k_BSGK, v_BSGV, grouped = _per_query_head(k_BSGK, n_heads), _per_query_head(v_BSGV, n_heads), False
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
-    if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    with sdpa_kernel(_BACKENDS, set_priority=True) if q.is_cuda else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 def _table_by_pair(table_HN: Tensor, distance_TS: Tensor, visible_1TS: Tensor, causal: bool) -> Tensor:

@@ -7,6 +7,7 @@ weighted auxiliary terms, so that neither the layout nor the micro-batch size ch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -67,7 +68,8 @@ class TrainStep:
             loss = share if loss is None else loss + share
             for name, part in self._metric_parts(objective, n_targets, len(batches)).items():
                 parts[name] = parts[name] + part if name in parts else part
-            (self._differentiated(objective, n_targets, len(batches)) * self.scaler.scale).backward()
+            differentiated = self._differentiated(objective, n_targets, len(batches))
+            (differentiated if self.scaler.scale == 1.0 else differentiated * self.scaler.scale).backward()
             del batch
         assert loss is not None, "a step has at least one micro-batch"
         norm = self.clipper.clip(divide_by=self.scaler.scale)
@@ -88,7 +90,9 @@ class TrainStep:
 
     def _global_targets(self, batches: Sequence[Batch]) -> Tensor:
         """Valid targets of the global batch, an fp32 scalar on the device, at least 1; counted on the host."""
-        here = sum(int(torch.count_nonzero(batch.labels_BT != IGNORED)) for batch in batches)
+        here = sum(np.count_nonzero(batch.labels_BT.numpy() != IGNORED) for batch in batches)
+        if self.processes.world_size == 1:
+            return torch.tensor(float(max(here, 1))).to(self.processes.device, non_blocking=True)
         count = torch.tensor(float(here), dtype=torch.float64).to(self.processes.device, non_blocking=True)
         return self.processes.sum(count).clamp_(min=1).float()
 
