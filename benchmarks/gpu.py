@@ -42,7 +42,7 @@ class Item:
 
 
 ITEMS: dict[str, Item] = {
-    "tests": Item("tests", limit_seconds=80),
+    "tests": Item("tests", limit_seconds=90),
     "gpt_125m": Item("model", "gpt_125m", limit_seconds=30),
     "gpt_125m-compiled": Item("model", "gpt_125m", compiled=True),
     "gpt_1_3b-compiled": Item("model", "gpt_1_3b", compiled=True),
@@ -68,7 +68,7 @@ def run_item(item: Item, write: Write, *, dry_run: bool) -> None:
 def command(name: str, findings: Path, *, dry_run: bool) -> list[str]:
     """What runs item ``name`` in a process of its own."""
     if ITEMS[name].kind == "tests":
-        arguments = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", "tests"]
+        arguments = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider", "tests"]
         return [sys.executable, *arguments, *(["--collect-only"] if dry_run else [])]
     return [sys.executable, str(Path(__file__)), "--item", name, "--findings", str(findings), *(["--dry-run"] if dry_run else [])]
 

@@ -77,8 +77,6 @@ class FastInit(Init):
 
 def measure_model(name: str, write: Write, *, compiled: bool, dry_run: bool) -> None:
     """Steps of the model of ``train_configs/name.toml``, with half the rows as often as memory runs out."""
-    if dry_run:
-        torch._dynamo.config.disable = True
     rows: int | None = 2 if dry_run else ROWS[name]
     processes = start_processes(RunConfig.model_fields["comm"].get_default(call_default_factory=True))
     while rows:
@@ -107,7 +105,7 @@ def _configuration(name: str, rows: int, *, compiled: bool, seq_len: int, dry_ru
         f"--training.global_batch_size={rows}",
         f"--training.local_batch_size={rows}",
         "--activation_checkpoint.mode=none",
-        f"--compile.enable={str(compiled).lower()}",
+        f"--compile.enable={str(compiled and not dry_run).lower()}",
     ]
     if dry_run:
         overrides += TINY_LLAMA if name.startswith("llama") else TINY

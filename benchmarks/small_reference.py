@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -169,8 +170,8 @@ class ReferenceRun:
         return total / n_targets
 
 
-def configuration(steps: int, folder: Path) -> RunConfig:
-    """The main example for ``steps`` steps in fp32, without checkpoints and with validation at the end alone."""
+def configuration(steps: int, folder: Path, more: Sequence[str] = ()) -> RunConfig:
+    """The main example for ``steps`` steps in fp32, without checkpoints, validation at the end alone. ``more``: overrides."""
     overrides = {
         "job.dump_folder": folder,
         "training.steps": steps,
@@ -180,7 +181,7 @@ def configuration(steps: int, folder: Path) -> RunConfig:
         "evaluation.enable": "false",
         "metrics.sinks": '["jsonl", "tensorboard", "plot"]',
     }
-    config = load_config(CONFIG, [f"--{key}={value}" for key, value in overrides.items()], RunConfig).config
+    config = load_config(CONFIG, [f"--{key}={value}" for key, value in overrides.items()] + list(more), RunConfig).config
     return resolve(config, seed=config.debug.seed or 0, device_type="cpu")
 
 

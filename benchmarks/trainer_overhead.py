@@ -67,7 +67,7 @@ class Scale:
     rounds: int
 
 
-SCALES = {"null": Scale(8, 128, 100, 40), "12m": Scale(4, 128, 10, 10), "tiny": Scale(2, 32, 10, 2)}
+SCALES = {"null": Scale(8, 128, 100, 24), "12m": Scale(4, 128, 10, 8), "tiny": Scale(2, 32, 10, 2)}
 
 
 class BareLoop:

@@ -49,7 +49,7 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
             ["--data.source.kind", "jsonl", "--data.source.paths", '["nowhere.jsonl"]', "--data.validation_fraction", "0.1"],
             ["nowhere.jsonl"],
         ),
-        (["--data.source.kind", "jsonl", "--data.source.paths", '["a.jsonl"]'], ["validation.enable", "data.validation_fraction"]),
+        (["--data.source.kind", "jsonl", "--data.source.paths", '["a.jsonl"]'], ["[validation] enable", "data.validation_fraction"]),
         (["--lr_scheduler.warmup_steps", "20"], ["warmup_steps"]),
         (["--profiling.enable_memory_snapshot", "true"], ["enable_memory_snapshot", "cpu"]),
     ],

@@ -88,11 +88,10 @@ class Subject:
 
     def _rows_at_once(self, length: int) -> int:
         """Rows of a forward, alike under all rules, since each new shape costs a compiled model a compilation."""
-        fitting = max(1, self.batch_tokens // length)
-        if not self.max_tokens:
-            return fitting
-        own_windows = -(-max(1, self.max_tokens // length) // self.ranks.degree)
-        return min(fitting, own_windows)
+        n_windows = int(windows_of(self.documents.lengths_N, length).sum())
+        if self.max_tokens:
+            n_windows = min(n_windows, max(1, self.max_tokens // length))
+        return min(max(1, self.batch_tokens // length), -(-n_windows // self.ranks.degree))
 
     def mean_row(self, windows: ScoredWindows) -> dict[str, Value]:
         """The means over all scored targets: loss, perplexity, bits per byte, the baselines' losses, and the counts."""
