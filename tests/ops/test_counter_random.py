@@ -53,9 +53,9 @@ def test_draws_do_not_depend_on_the_layout() -> None:
 
 def test_compiled_draws_are_the_same() -> None:
     x = torch.randn(4, 16, 24, requires_grad=True)
-    row_B, index_T = torch.arange(4) * 1000, torch.arange(16)
 
     def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        row_B, index_T = torch.arange(4) * 1000, torch.arange(16)
         return dropout(x, 0.3, seed=5, row_B=row_B, index_T=index_T, site=1), uniform_integers(5, row_B, 2, 1000)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=False)

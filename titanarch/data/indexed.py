@@ -81,6 +81,19 @@ class IndexedData(Sequence[TokenizedDocument]):
             return tokens
         return np.concatenate([tokens, self.read(start + len(tokens), n - len(tokens))])
 
+    def windows(self, start_B: np.ndarray, n: int) -> np.ndarray:
+        """Tokens ``start`` to ``start + n`` of each start, in the stored dtype [B, n]; 0 past the last token."""
+        if len(self._shards) == 1 and len(start_B) and int(start_B.max()) + n <= self.n_tokens:
+            shard = self._shards[0]
+            # Every window of the shard as one view: indexing it copies all rows at once.
+            view = np.ndarray((len(shard) - n + 1, n), shard.dtype, buffer=shard, strides=(shard.itemsize, shard.itemsize))
+            return view[start_B]
+        windows = np.zeros((len(start_B), n), dtype=self.dtype)
+        for row, start in enumerate(start_B.tolist()):
+            tokens = self.read(start, min(n, self.n_tokens - start))
+            windows[row, : len(tokens)] = tokens
+        return windows
+
     def __len__(self) -> int:
         return self.n_documents
 

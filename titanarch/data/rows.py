@@ -67,10 +67,7 @@ def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, 
     A window past the last whole one is filled up with token 0; what fills it begins as another document would.
     """
     start_B = window_B * seq_len
-    tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=data.dtype)
-    for row, start in enumerate(start_B.tolist()):
-        tokens = data.read(start, min(seq_len + 1, data.n_tokens - start))
-        tokens_BS[row, : len(tokens)] = tokens
+    tokens_BS = data.windows(start_B, seq_len + 1)
     starts = data.starts
     first_B, end_B = starts.searchsorted(start_B, side="right"), starts.searchsorted(start_B + seq_len, side="right")
     count_B = end_B - first_B

@@ -5,7 +5,7 @@ processes, of a row over context parallelism or of channels and heads over tenso
 All of it is tensor arithmetic on integers, which wraps around alike on CPU and GPU and compiles without a graph break
 (a ``torch.Generator`` does not).
 
-- A key is 64 bits: ``key = mix(key + word * odd)`` for each word in turn (seed and site, row, token), where ``mix`` is the
+- A key is 64 bits: ``key = mix(key + (word ^ flip) * odd)`` for each word in turn (seed and site, row, token), where ``mix`` is the
   finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 - A key with halves (a, b) gives column c the bits ``finalize(a + (b | 1) * word_c)`` with ``word_c = mix(c)`` and the
   32-bit finalizer of MurmurHash3 (Appleby, public domain): a 2-universal hash in front of an avalanche, 8 cheap passes.
@@ -24,6 +24,9 @@ _ROW = 0xD1B54A32D192ED03
 _TOKEN = 0xAEF17502108EF2D9
 _COLUMN = 0xF1357AEA2E62A9C5
 _LOW_HALF = 0xFFFFFFFF
+_FLIP = 0x2545F4914F6CDD1D
+"""Is exclusive-ored to a coordinate before it is multiplied: no coordinate is then 0, and TorchInductor, which computes
+sums and products of an ``arange`` as unbounded integers, has to leave int64 arithmetic as it is."""
 
 
 def _signed(word: int, bits: int = 64) -> int:
@@ -55,12 +58,12 @@ def _int32(word: Tensor) -> Tensor:
 def row_keys(seed: int, row_B: Tensor, site: int) -> Tensor:
     """Keys [B] int64 of the global rows ``row_B`` (int64) at a site."""
     start = _mix_int(_mix_int(seed + _GOLDEN) + site * _GOLDEN)
-    return _mix(row_B.to(torch.int64) * _signed(_ROW) + _signed(start))
+    return _mix((row_B.to(torch.int64) ^ _FLIP) * _signed(_ROW) + _signed(start))
 
 
 def extend_keys(key: Tensor, word: Tensor) -> Tensor:
     """Keys of one more coordinate: ``key`` and ``word`` (integers) broadcast against each other. int64."""
-    return _mix(key + word.to(torch.int64) * _signed(_TOKEN))
+    return _mix(key + (word.to(torch.int64) ^ _FLIP) * _signed(_TOKEN))
 
 
 def token_keys(seed: int, row_B: Tensor, index_T: Tensor, site: int) -> Tensor:
@@ -70,7 +73,7 @@ def token_keys(seed: int, row_B: Tensor, index_T: Tensor, site: int) -> Tensor:
 
 def column_words(columns: Tensor) -> Tensor:
     """The words, int32, by which :func:`random_bits` tells columns (integers) apart."""
-    return _int32(_mix((columns.to(torch.int64) + 1) * _signed(_COLUMN)))
+    return _int32(_mix((columns.to(torch.int64) ^ _FLIP) * _signed(_COLUMN)))
 
 
 def random_bits(key: Tensor, word_C: Tensor) -> Tensor:
@@ -84,9 +87,9 @@ def random_bits(key: Tensor, word_C: Tensor) -> Tensor:
 
 def reference_bits(seed: int, row: int, index: int, channel: int, site: int) -> int:
     """What :func:`random_bits` gives for one element, in Python integers: the definition, as an unsigned 32-bit integer."""
-    key = _mix_int(row * _ROW + _mix_int(_mix_int(seed + _GOLDEN) + site * _GOLDEN))
-    key = _mix_int(key + index * _TOKEN)
-    word = _mix_int((channel + 1) * _COLUMN) & _LOW_HALF
+    key = _mix_int((row ^ _FLIP) * _ROW + _mix_int(_mix_int(seed + _GOLDEN) + site * _GOLDEN))
+    key = _mix_int(key + (index ^ _FLIP) * _TOKEN)
+    word = _mix_int((channel ^ _FLIP) * _COLUMN) & _LOW_HALF
     bits = ((key & _LOW_HALF) + ((key >> 32) | 1) * word) & _LOW_HALF
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & _LOW_HALF
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & _LOW_HALF
