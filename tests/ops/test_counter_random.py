@@ -52,7 +52,7 @@ def test_draws_do_not_depend_on_the_layout() -> None:
 
 
 def test_compiled_draws_are_the_same() -> None:
-    x = torch.randn(4, 16, 24, requires_grad=True)
+    x = torch.randn(4, 16, 24)
 
     def f(x: Tensor) -> tuple[Tensor, Tensor]:
         row_B, index_T = torch.arange(4) * 1000, torch.arange(16)
@@ -61,8 +61,6 @@ def test_compiled_draws_are_the_same() -> None:
     compiled = torch.compile(f, fullgraph=True, dynamic=False)
     for expected, got in zip(f(x), compiled(x), strict=True):
         torch.testing.assert_close(got, expected)
-    grads = [torch.autograd.grad(g(x)[0].sum(), x)[0] for g in (f, compiled)]
-    torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_dropout_scales_what_it_keeps_and_its_gradient() -> None:

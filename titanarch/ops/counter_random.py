@@ -2,13 +2,18 @@
 
 A draw depends on (seed, site, global row, index of the token in its row, channel) alone, so any split of a batch over
 processes, of a row over context parallelism or of channels and heads over tensor parallelism draws the same numbers.
-All of it is tensor arithmetic on integers, which wraps around alike on CPU and GPU and compiles without a graph break
-(a ``torch.Generator`` does not).
+All of it is tensor arithmetic on integers, alike on CPU and GPU, and compiles without a graph break (a ``torch.Generator``
+does not).
 
-- A key is 64 bits: ``key = mix(key + (word ^ flip) * odd)`` for each word in turn (seed and site, row, token), where ``mix`` is the
-  finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
-- A key with halves (a, b) gives column c the bits ``finalize(a + (b | 1) * word_c)`` with ``word_c = mix(c)`` and the
-  32-bit finalizer of MurmurHash3 (Appleby, public domain): a 2-universal hash in front of an avalanche, 8 cheap passes.
+- A key is 63 bits, two lanes (31 and 32). A coordinate (row, then token, then perhaps a head) is mixed in by
+  ``x = h(lo ^ word_lo); hi = h(hi ^ word_hi ^ x); lo = h(x + hi)``, where h is an xorshift-multiply hash of 32 bits
+  (the form of MurmurHash3's finalizer; shifts as in C. Wellons' hash-prospector, both public domain).
+- A key (hi, lo) gives column c the bits ``finalize(lo + (2 hi + 1) h(c))``, with MurmurHash3's finalizer: a 2-universal
+  hash in front of an avalanche, about eight cheap passes over the elements.
+
+Keys are computed in int64 without ever overflowing: a compiler may assume that signed numbers do not overflow, and where
+TorchInductor knows a coordinate's range (an ``arange``), it and the C++ compiler act on that. The last step multiplies
+int32 numbers of unknown range, which wrap around.
 
 Shapes: B rows, T tokens, C channels. A site is an integer that names the place of the draw, such as ``16 * layer + 3``; two
 places that share a seed and a site draw the same numbers.
@@ -19,51 +24,52 @@ import math
 import torch
 from torch import Tensor
 
+_WORD = 0xFFFFFFFF  # the low 32 bits
 _GOLDEN = 0x9E3779B97F4A7C15
-_ROW = 0xD1B54A32D192ED03
-_TOKEN = 0xAEF17502108EF2D9
-_COLUMN = 0xF1357AEA2E62A9C5
-_LOW_HALF = 0xFFFFFFFF
-_FLIP = 0x2545F4914F6CDD1D
-"""Is exclusive-ored to a coordinate before it is multiplied: no coordinate is then 0, and TorchInductor, which computes
-sums and products of an ``arange`` as unbounded integers, has to leave int64 arithmetic as it is."""
+_FIRST, _SECOND = 0x7FEB352D, 0x735A2D97  # below 2**31: a product with 32 bits stays below 2**63
+_FLIP = 0x2545F491  # so that coordinate 0 is not a fixed point of the hash
 
 
-def _signed(word: int, bits: int = 64) -> int:
-    """The integer that a signed word of ``bits`` bits holds for ``word`` modulo 2**bits."""
-    word &= (1 << bits) - 1
-    return word - (1 << bits) if word >> (bits - 1) else word
+def _hash_int(word: int) -> int:
+    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
+    return word ^ (word >> 16)
 
 
-def _mix_int(word: int) -> int:
-    """SplitMix64's finalizer on a Python integer; the same function as :func:`_mix`."""
-    word &= (1 << 64) - 1
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & ((1 << 64) - 1)
-    return word ^ (word >> 31)
+def _hash(word: Tensor) -> Tensor:
+    """A bijection of 0 .. 2**32 - 1, int64; the same function as :func:`_hash_int`."""
+    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
+    return word ^ (word >> 16)
 
 
-def _mix(word: Tensor) -> Tensor:
-    """SplitMix64's finalizer, a bijection of 64 bits, on int64. Shifts are arithmetic in torch, so the sign is masked off."""
-    word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return word ^ ((word >> 31) & ((1 << 33) - 1))
+def _seed_lanes(seed: int, site: int) -> tuple[int, int]:
+    """The lanes (hi, lo) of a seed and a site, by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    word = 0
+    for part in (seed, site):
+        word = (word + part * 0xD1B54A32D192ED03 + _GOLDEN) & ((1 << 64) - 1)
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EB & ((1 << 64) - 1)
+        word ^= word >> 31
+    return word >> 33, word & _WORD
 
 
-def _int32(word: Tensor) -> Tensor:
-    """The low half of int64 words as int32, the same bits. The range is made signed first: a cast out of range is undefined."""
-    return (((word & _LOW_HALF) ^ (1 << 31)) - (1 << 31)).to(torch.int32)
+def _extended(high: Tensor | int, low: Tensor | int, word: Tensor) -> Tensor:
+    word = word.to(torch.int64)
+    mixed = _hash(low ^ (word & _WORD) ^ _FLIP)
+    high = _hash(high ^ ((word >> 32) & _WORD) ^ mixed)
+    low = _hash((mixed + high) & _WORD)
+    return ((high & 0x7FFFFFFF) << 32) | low
 
 
 def row_keys(seed: int, row_B: Tensor, site: int) -> Tensor:
     """Keys [B] int64 of the global rows ``row_B`` (int64) at a site."""
-    start = _mix_int(_mix_int(seed + _GOLDEN) + site * _GOLDEN)
-    return _mix((row_B.to(torch.int64) ^ _FLIP) * _signed(_ROW) + _signed(start))
+    return _extended(*_seed_lanes(seed, site), row_B)
 
 
 def extend_keys(key: Tensor, word: Tensor) -> Tensor:
     """Keys of one more coordinate: ``key`` and ``word`` (integers) broadcast against each other. int64."""
-    return _mix(key + (word.to(torch.int64) ^ _FLIP) * _signed(_TOKEN))
+    return _extended(key >> 32, key & _WORD, word)
 
 
 def token_keys(seed: int, row_B: Tensor, index_T: Tensor, site: int) -> Tensor:
@@ -71,28 +77,36 @@ def token_keys(seed: int, row_B: Tensor, index_T: Tensor, site: int) -> Tensor:
     return extend_keys(row_keys(seed, row_B, site)[:, None], index_T)
 
 
+def _int32(word: Tensor) -> Tensor:
+    """0 .. 2**32 - 1 as int32 with the same bits. The range is made signed first: a cast out of range is undefined."""
+    return ((word ^ (1 << 31)) - (1 << 31)).to(torch.int32)
+
+
 def column_words(columns: Tensor) -> Tensor:
-    """The words, int32, by which :func:`random_bits` tells columns (integers) apart."""
-    return _int32(_mix((columns.to(torch.int64) ^ _FLIP) * _signed(_COLUMN)))
+    """The words, int32, by which :func:`random_bits` tells columns (integers below 2**32) apart."""
+    return _int32(_hash((columns.to(torch.int64) & _WORD) ^ _FLIP))
 
 
 def random_bits(key: Tensor, word_C: Tensor) -> Tensor:
     """int32 [*key.shape, C], 32 random bits an element, from int64 keys and :func:`column_words`."""
-    add, multiply = _int32(key)[..., None], _int32((key >> 32) | 1)[..., None]
+    add, multiply = _int32(key & _WORD)[..., None], _int32((key >> 32) * 2 + 1)[..., None]
     bits = torch.addcmul(add, multiply, word_C)
-    bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x85EBCA6B, 32))
-    bits = bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(0xC2B2AE35, 32))
+    bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x85EBCA6B - (1 << 32))
+    bits = bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(0xC2B2AE35 - (1 << 32))
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
 def reference_bits(seed: int, row: int, index: int, channel: int, site: int) -> int:
     """What :func:`random_bits` gives for one element, in Python integers: the definition, as an unsigned 32-bit integer."""
-    key = _mix_int((row ^ _FLIP) * _ROW + _mix_int(_mix_int(seed + _GOLDEN) + site * _GOLDEN))
-    key = _mix_int(key + (index ^ _FLIP) * _TOKEN)
-    word = _mix_int((channel ^ _FLIP) * _COLUMN) & _LOW_HALF
-    bits = ((key & _LOW_HALF) + ((key >> 32) | 1) * word) & _LOW_HALF
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & _LOW_HALF
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & _LOW_HALF
+    high, low = _seed_lanes(seed, site)
+    for word in (row, index):
+        mixed = _hash_int(low ^ (word & _WORD) ^ _FLIP)
+        high = _hash_int(high ^ ((word >> 32) & _WORD) ^ mixed)
+        low = _hash_int((mixed + high) & _WORD)
+        high &= 0x7FFFFFFF
+    bits = (low + (2 * high + 1) * _hash_int(channel ^ _FLIP)) & _WORD
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & _WORD
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & _WORD
     return bits ^ (bits >> 16)
 
 
@@ -100,7 +114,7 @@ def keep_from_bits(bits: Tensor, p: float) -> Tensor:
     """bool, True with probability 1 - p (to 2**-32). Raises ValueError unless 0 <= p < 1."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"a dropout probability must be at least 0 and below 1, got {p}")
-    return bits >= min(round(p * 2.0**32), _LOW_HALF) - (1 << 31)
+    return bits >= min(round(p * 2.0**32), _WORD) - (1 << 31)
 
 
 def _channel_words(n_channels: int, first_channel: int, device: torch.device) -> Tensor:
@@ -130,7 +144,7 @@ def uniform_integers(seed: int, row_B: Tensor, site: int, high: int) -> Tensor:
     """int64 [B], uniform over 0 .. high - 1 (bias below high / 2**32). Raises ValueError unless 1 <= high < 2**31."""
     if not 1 <= high < 1 << 31:
         raise ValueError(f"high must be from 1 to 2**31 - 1, got {high}")
-    return (((row_keys(seed, row_B, site) >> 32) & _LOW_HALF) * high) >> 32
+    return ((row_keys(seed, row_B, site) & _WORD) * high) >> 32
 
 
 def normal(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
