@@ -21,10 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
-        result, is_main = record(train)(load_from_arguments(args, RunConfig))
+        outcome = record(train)(load_from_arguments(args, RunConfig))
     except (CheckpointError, NonFiniteError) as error:
         print(error, file=sys.stderr)
         return 1
+    assert outcome is not None, "record returns what train does, and raises what it raises"
+    result, is_main = outcome
     if is_main:
         print_result(result)
     return 0
