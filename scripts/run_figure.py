@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RULE = "all_positions"
+RULE = "same_targets"
+"""Every length is scored on the same targets, so the lengths of a run compare."""
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -48,7 +49,8 @@ def draw(folders: list[Path], out: Path) -> None:
                 left.axhline(loss, color="gray", linestyle=":", linewidth=1)
                 left.annotate(name, (0, loss), color="gray", fontsize=8, va="bottom")
     left.set(xlabel="tokens trained on, millions", ylabel="loss, nats a token", title="training (pale) and validation")
-    right.set(xlabel="context length, tokens", ylabel="validation perplexity", title="trained at 128 tokens", xscale="log")
+    right.set(xlabel="context length, tokens", ylabel="validation perplexity", title="by context length, on the same targets", xscale="log")
+    right.set_ylim(bottom=0)
     lengths = sorted({row["length"] for row in result["evaluation"]})
     right.set_xticks(lengths, [str(length) for length in lengths])
     right.minorticks_off()
