@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,19 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _rise(make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:
+    program = make(*arguments)
+    before = peak_memory_bytes()
+    program()
+    return peak_memory_bytes() - before
+
+
+def memory_rise_bytes(make: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """How far one call of ``make(*arguments)`` lifts the peak memory of a fresh process. ``make``: at a module's top level."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_rise, make, arguments).result()
 
 
 def _git(*arguments: str) -> str:
