@@ -141,8 +141,11 @@ def peak_memory_bytes() -> int:
     """The most memory this process has held so far: on a GPU torch's allocated peak, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: on Linux a new process inherits its parent's peak there
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rise(make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:

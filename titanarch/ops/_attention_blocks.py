@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [b0, b1), queries [r0, r1) counted from the last one backwards, keys [s0, s1); empty where none is visible."""
+    """Rows [b0, b1), queries [r0, r1) counted from the last one backwards, keys [s0, s1), none where none is visible."""
 
     b0: int
     b1: int
@@ -78,21 +78,37 @@ class Inputs:
         """The key head of a query head."""
         return head * self.k_BSGK.shape[2] // self.n_heads
 
-    def bias_M(self, head: int) -> Tensor:
-        return self.bias_HM[head if self.bias_HM.shape[0] > 1 else 0]
-
     def tokens(self, block: Block) -> slice:
         """A block's queries in their order."""
         n_queries = self.q_BTHK.shape[1]
         return slice(n_queries - block.r1, n_queries - block.r0)
 
-    def queries(self, x_BTHX: Tensor, block: Block, head: int) -> Tensor:
-        """A block's queries of one head in reversed order, a copy [b, R, X] in the compute dtype."""
-        return x_BTHX[block.rows, self.tokens(block), head].flip(1).to(self.dtype)
+    def queries(self, x_BTHX: Tensor, block: Block, heads: slice) -> Tensor:
+        """A block's queries of some heads in reversed order, a copy [b h, R, X] in the compute dtype."""
+        x_bhRX = x_BTHX[block.rows, self.tokens(block), heads].transpose(1, 2).flip(2)
+        return x_bhRX.to(self.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
-    def keys(self, x_BSGX: Tensor, block: Block, head: int) -> Tensor:
-        """A block's keys or values for one query head, [b, s, X] in the compute dtype."""
-        return x_BSGX[block.rows, block.keys, self.key_head(head)].to(self.dtype)
+    def keys(self, x_BSGX: Tensor, block: Block, heads: slice) -> Tensor:
+        """A block's keys or values for some query heads, [b h, s, X] in the compute dtype."""
+        x_bsGX = x_BSGX[block.rows, block.keys]
+        if self.n_heads == x_BSGX.shape[2]:
+            x_bshX = x_bsGX[:, :, heads]
+        elif heads.stop - heads.start == 1:
+            x_bshX = x_bsGX[:, :, self.key_head(heads.start), None]
+        else:
+            x_bshX = x_bsGX[:, :, [self.key_head(head) for head in range(heads.start, heads.stop)]]
+        return x_bshX.transpose(1, 2).to(self.dtype).flatten(0, 1)
+
+    def add_keys(self, total_BSGX: Tensor, part_bhsX: Tensor, block: Block, heads: slice) -> None:
+        """Adds a block's gradient of keys or values, [b h, s, X] or [b, h, s, X], to the whole."""
+        n_heads = heads.stop - heads.start
+        part_bhsX = part_bhsX.view(block.b1 - block.b0, n_heads, block.n_keys, -1)
+        target_bsGX = total_BSGX[block.rows, block.keys]
+        if self.n_heads == total_BSGX.shape[2]:
+            target_bsGX[:, :, heads] += part_bhsX.transpose(1, 2)
+            return
+        for i in range(n_heads):
+            target_bsGX[:, :, self.key_head(heads.start + i)] += part_bhsX[:, i]
 
     def entries(self, block: Block) -> Tensor:
         """Entries [R, s] of the bias by distance, reversed queries, where it is not ``aligned``."""

@@ -11,10 +11,12 @@ the bias by distance, ``d bias[h, n] = sum over i - j = n of dS_ij``.
 Queries are taken in reversed order: then a block's bias is a window on one vector (entry r + s for reversed query r and key
 s: a strided view, nothing is copied), and its gradient is the column sums of dS sheared the same way.
 
-Shapes: B rows, T queries, S keys, H query heads, K key dim, V value dim; of a block b rows, R queries, s keys.
+Shapes: B rows, T queries, S keys, H query heads, K key dim, V value dim; of a block b rows, h heads, R queries, s keys;
+n = b h.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +34,57 @@ _BLOCK_LOGITS = 1 << 20
 class _Surroundings:
     """What the heads of a block share: its document mask, its entries of the bias (unless aligned), its dropout keys."""
 
-    hidden_bRs: Tensor | None
+    hidden_b1Rs: Tensor | None
     entry_Rs: Tensor | None
     key_bR: Tensor | None
     word_s: Tensor | None
 
 
-def _block_size(a: Inputs) -> tuple[int, int]:
-    """Queries and rows of a block: small ones skip more of the future, large ones multiply faster."""
+@dataclass(frozen=True)
+class _Part:
+    """Some heads of a block, and what computing them needs."""
+
+    a: Inputs
+    block: Block
+    heads: slice
+    around: _Surroundings
+    scratch: Scratch
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[b, h, R, s] of its logits."""
+        block = self.block
+        return block.b1 - block.b0, self.heads.stop - self.heads.start, block.n_queries, block.n_keys
+
+    @property
+    def bias_heads(self) -> slice:
+        """Its heads of the bias by distance, which may have one for all."""
+        return self.heads if self.a.bias_HM.shape[0] > 1 else slice(0, 1)
+
+    @property
+    def entries(self) -> slice:
+        """Its entries of an aligned bias."""
+        start = self.block.r0 + self.block.s0
+        return slice(start, start + self.block.n_queries + self.block.n_keys - 1)
+
+
+def _block_size(a: Inputs) -> tuple[int, int, int]:
+    """Queries, rows and heads of a block: few queries skip more of the future, many multiply faster."""
     n_keys = a.k_BSGK.shape[1]
     n_queries = min(a.q_BTHK.shape[1], max(32, min(_BLOCK_LOGITS // n_keys, max(64, n_keys // 8), 256)))
-    return n_queries, max(1, _BLOCK_LOGITS // (n_queries * n_keys))
+    n_heads = max(1, min(a.n_heads, _BLOCK_LOGITS // (n_queries * n_keys)))
+    return n_queries, max(1, _BLOCK_LOGITS // (n_heads * n_queries * n_keys)), n_heads
+
+
+def _parts(a: Inputs) -> Iterator[_Part]:
+    """All parts with a visible key."""
+    n_queries, n_rows, n_heads = _block_size(a)
+    scratch = Scratch(a.bias_HM)
+    for block in a.blocks(n_queries, n_rows):
+        if block.n_keys:
+            around = _surroundings(a, block)
+            for head in range(0, a.n_heads, n_heads):
+                yield _Part(a, block, slice(head, min(head + n_heads, a.n_heads)), around, scratch)
 
 
 def _surroundings(a: Inputs, block: Block) -> _Surroundings:
@@ -50,75 +92,69 @@ def _surroundings(a: Inputs, block: Block) -> _Surroundings:
     hidden = key = word = None
     if a.query_document_BT is not None and a.key_document_BS is not None:
         query_bR = a.query_document_BT[block.rows, tokens].flip(1)
-        hidden = (query_bR[:, :, None] != a.key_document_BS[block.rows, None, block.keys]).to(a.dtype).mul_(NEVER)
+        other_bRs = query_bR[:, :, None] != a.key_document_BS[block.rows, None, block.keys]
+        hidden = other_bRs[:, None].to(a.dtype).mul_(NEVER)
     if a.dropout_key_B is not None:
         key = extend_keys(a.dropout_key_B[block.rows, None], a.query_index_T[tokens].flip(0))
         word = column_words(a.key_index_S[block.keys])
     return _Surroundings(hidden, None if a.aligned else a.entries(block), key, word)
 
 
-def _keep_scaled(a: Inputs, around: _Surroundings, head: int) -> Tensor | None:
-    """Dropout's factors, 0 or 1 / (1 - p), [b, R, s]."""
-    if around.key_bR is None or around.word_s is None:
+def _keep_scaled(part: _Part) -> Tensor | None:
+    """Dropout's factors, 0 or 1 / (1 - p), [n, R, s]."""
+    key_bR, word_s, p = part.around.key_bR, part.around.word_s, part.a.dropout_p
+    if key_bR is None or word_s is None:
         return None
-    key_bR = extend_keys(around.key_bR, torch.full_like(around.key_bR, a.first_head + head))
-    return keep_from_bits(random_bits(key_bR, around.word_s), a.dropout_p).to(a.dtype).mul_(1.0 / (1.0 - a.dropout_p))
+    head_h = torch.arange(part.heads.start, part.heads.stop, device=key_bR.device) + part.a.first_head
+    key_nR = extend_keys(key_bR[:, None], head_h[:, None]).flatten(0, 1)
+    return keep_from_bits(random_bits(key_nR, word_s), p).to(part.a.dtype).mul_(1.0 / (1.0 - p))
 
 
-def _probabilities(
-    a: Inputs, block: Block, head: int, q_bRK: Tensor, around: _Surroundings, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Softmax [b, R, s] without the sink, the logits, and the soft cap's tanh; all in scratch memory."""
-    shape = (*q_bRK.shape[:2], block.n_keys)
-    score = scratch("score", *shape)
-    k_bKs = a.keys(a.k_BSGK, block, head).transpose(1, 2)
-    bias_M = a.bias_M(head)
-    if around.entry_Rs is None:
-        start = block.r0 + block.s0
-        bias_Rs = bias_M[start : start + block.n_queries + block.n_keys - 1].unfold(0, block.n_keys, 1)
+def _probabilities(part: _Part, q_nRK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Softmax [n, R, s] without the sink, the logits, and the soft cap's tanh; all in scratch memory."""
+    a, hidden_b1Rs = part.a, part.around.hidden_b1Rs
+    score_bhRs = part.scratch("score", *part.shape)
+    score_nRs = score_bhRs.flatten(0, 1)
+    k_nKs = a.keys(a.k_BSGK, part.block, part.heads).transpose(1, 2)
+    if part.around.entry_Rs is None:
+        bias_hRs = a.bias_HM[part.bias_heads, part.entries].unfold(1, part.block.n_keys, 1)
     else:
-        bias_Rs = bias_M[around.entry_Rs]
-    tanh = None
+        bias_hRs = a.bias_HM[part.bias_heads][:, part.around.entry_Rs]
+    tanh_nRs = None
     if a.soft_cap:
-        tanh = torch.bmm(q_bRK, k_bKs, out=scratch("tanh", *shape)).mul_(a.scale / a.soft_cap).tanh_()
-        torch.add(bias_Rs, tanh, alpha=a.soft_cap, out=score)
-        if around.hidden_bRs is not None:
-            score.add_(around.hidden_bRs)
+        tanh_nRs = torch.bmm(q_nRK, k_nKs, out=part.scratch("tanh", *score_nRs.shape)).mul_(a.scale / a.soft_cap).tanh_()
+        torch.add(bias_hRs, tanh_nRs.view(part.shape), alpha=a.soft_cap, out=score_bhRs)
+        if hidden_b1Rs is not None:
+            score_bhRs.add_(hidden_b1Rs)
     else:
-        if around.hidden_bRs is None:
-            score.copy_(bias_Rs)
+        if hidden_b1Rs is None:
+            score_bhRs.copy_(bias_hRs)
         else:
-            torch.add(around.hidden_bRs, bias_Rs, out=score)
-        score.baddbmm_(q_bRK, k_bKs, alpha=a.scale)
-    return torch.softmax(score, -1, out=scratch("p", *shape)), score, tanh
+            torch.add(hidden_b1Rs, bias_hRs, out=score_bhRs)
+        score_nRs.baddbmm_(q_nRK, k_nKs, alpha=a.scale)
+    return torch.softmax(score_nRs, -1, out=part.scratch("p", *score_nRs.shape)), score_nRs, tanh_nRs
 
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] in q's dtype; lse [B, T, H], the sink included, -inf where a query sees nothing."""
-    y_BTHV = a.q_BTHK.new_empty(*a.q_BTHK.shape[:3], a.v_BSGV.shape[3])
-    lse_BTH = a.bias_HM.new_empty(a.q_BTHK.shape[:3])
-    scratch = Scratch(a.bias_HM)
-    for block in a.blocks(*_block_size(a)):
-        where = (block.rows, a.tokens(block))
-        if block.n_keys == 0:
-            y_BTHV[where], lse_BTH[where] = 0.0, -math.inf
-            continue
-        around = _surroundings(a, block)
-        for head in range(a.n_heads):
-            y_bRV, lse_bR = _forward_head(a, block, head, around, scratch)
-            y_BTHV[(*where, head)] = y_bRV.flip(1).to(y_BTHV.dtype)
-            lse_BTH[(*where, head)] = lse_bR.flip(1)
+    y_BTHV = a.q_BTHK.new_zeros(*a.q_BTHK.shape[:3], a.v_BSGV.shape[3])
+    lse_BTH = a.bias_HM.new_full(a.q_BTHK.shape[:3], -math.inf)
+    for part in _parts(a):
+        p_nRs, score_nRs, _ = _probabilities(part, a.queries(a.q_BTHK, part.block, part.heads))
+        top_nR = score_nRs.amax(-1)
+        # The largest probability is exp(top - lse), at least 1 / s: two maxima are cheaper than another sum of exponentials.
+        lse_nR = (top_nR - p_nRs.amax(-1).log_()).masked_fill_(top_nR < NEVER / 2, -math.inf)
+        keep_nRs = _keep_scaled(part)
+        dropped_nRs = p_nRs if keep_nRs is None else p_nRs.mul_(keep_nRs)
+        y_nRV = torch.bmm(dropped_nRs, a.keys(a.v_BSGV, part.block, part.heads))
+        _put_queries(part, y_BTHV, y_nRV)
+        _put_queries(part, lse_BTH[..., None], lse_nR[..., None])
     return with_sinks(y_BTHV, lse_BTH, a.sinks_H)
 
 
-def _forward_head(a: Inputs, block: Block, head: int, around: _Surroundings, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    q_bRK = a.queries(a.q_BTHK, block, head)
-    p_bRs, score_bRs, _ = _probabilities(a, block, head, q_bRK, around, scratch)
-    top_bR = score_bRs.amax(-1)
-    # The largest probability is exp(top - lse), at least 1 / s: two maxima are cheaper than another sum of exponentials.
-    lse_bR = (top_bR - p_bRs.amax(-1).log_()).masked_fill_(top_bR < NEVER / 2, -math.inf)
-    keep = _keep_scaled(a, around, head)
-    return torch.bmm(p_bRs if keep is None else p_bRs.mul_(keep), a.keys(a.v_BSGV, block, head)), lse_bR
+def _put_queries(part: _Part, whole_BTHX: Tensor, part_nRX: Tensor) -> None:
+    part_bRhX = part_nRX.unflatten(0, part.shape[:2]).flip(2).transpose(1, 2)
+    whole_BTHX[part.block.rows, part.a.tokens(part.block), part.heads] = part_bRhX.to(whole_BTHX.dtype)
 
 
 def with_sinks(y_BTHV: Tensor, lse_BTH: Tensor, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,70 +178,48 @@ def backward(a: Inputs, y_BTHV: Tensor, lse_BTH: Tensor, dy_BTHV: Tensor, dlse_B
         grads.sinks.copy_(-(over_BTH.exp() * delta_BTH).sum((0, 1)))
         share_BTH = over_BTH.expm1_().neg_()
     delta_BTH *= share_BTH
-    scratch = Scratch(a.bias_HM)
-    for block in a.blocks(*_block_size(a)):
-        if block.n_keys == 0:
-            continue
-        around = _surroundings(a, block)
-        for head in range(a.n_heads):
-            share_bR1, delta_bR1 = (a.queries(x[..., None], block, head) for x in (share_BTH, delta_BTH))
-            dy_bRV = a.queries(dy_BTHV, block, head).mul_(share_bR1)
-            _backward_head(a, block, head, around, scratch, grads, dy_bRV, delta_bR1, need_bias)
+    for part in _parts(a):
+        share_nR1, delta_nR1 = (a.queries(x[..., None], part.block, part.heads) for x in (share_BTH, delta_BTH))
+        dy_nRV = a.queries(dy_BTHV, part.block, part.heads).mul_(share_nR1)
+        _backward_part(part, grads, dy_nRV, delta_nR1, need_bias)
     return grads
 
 
-def _backward_head(
-    a: Inputs,
-    block: Block,
-    head: int,
-    around: _Surroundings,
-    scratch: Scratch,
-    grads: Gradients,
-    dy_bRV: Tensor,
-    delta_bR1: Tensor,
-    need_bias: bool,
-) -> None:
-    q_bRK = a.queries(a.q_BTHK, block, head)
-    p_bRs, _, tanh_bRs = _probabilities(a, block, head, q_bRK, around, scratch)
-    keep = _keep_scaled(a, around, head)
-    where = (block.rows, block.keys, a.key_head(head))
-    dropped_bRs = p_bRs if keep is None else p_bRs * keep
-    grads.v[where] += torch.bmm(dropped_bRs.transpose(1, 2), dy_bRV)
-    dp_bRs = torch.bmm(dy_bRV, a.keys(a.v_BSGV, block, head).transpose(1, 2), out=scratch("score", *p_bRs.shape))
-    if keep is not None:
-        dp_bRs.mul_(keep)
-    ds_bRs = _score_gradient(p_bRs, dp_bRs.sub_(delta_bR1), a, block, head, around, scratch, grads if need_bias else None)
-    if tanh_bRs is not None:
-        ds_bRs.mul_(tanh_bRs.square_().neg_().add_(1.0))
-    dq_bRK = torch.bmm(ds_bRs, a.keys(a.k_BSGK, block, head)).mul_(a.scale)
-    grads.q[block.rows, a.tokens(block), head] = dq_bRK.flip(1).to(grads.q.dtype)
-    grads.k[where] += torch.bmm(ds_bRs.transpose(1, 2), q_bRK.mul_(a.scale))
+def _backward_part(part: _Part, grads: Gradients, dy_nRV: Tensor, delta_nR1: Tensor, need_bias: bool) -> None:
+    a, block, heads = part.a, part.block, part.heads
+    q_nRK = a.queries(a.q_BTHK, block, heads)
+    p_nRs, _, tanh_nRs = _probabilities(part, q_nRK)
+    keep_nRs = _keep_scaled(part)
+    dropped_nRs = p_nRs if keep_nRs is None else p_nRs * keep_nRs
+    a.add_keys(grads.v, torch.bmm(dropped_nRs.transpose(1, 2), dy_nRV), block, heads)
+    v_nVs = a.keys(a.v_BSGV, block, heads).transpose(1, 2)
+    dp_nRs = torch.bmm(dy_nRV, v_nVs, out=part.scratch("score", *p_nRs.shape))
+    if keep_nRs is not None:
+        dp_nRs.mul_(keep_nRs)
+    ds_nRs = _score_gradient(part, p_nRs, dp_nRs.sub_(delta_nR1), grads if need_bias else None)
+    if tanh_nRs is not None:
+        ds_nRs.mul_(tanh_nRs.square_().neg_().add_(1.0))
+    _put_queries(part, grads.q, torch.bmm(ds_nRs, a.keys(a.k_BSGK, block, heads)).mul_(a.scale))
+    a.add_keys(grads.k, torch.bmm(ds_nRs.transpose(1, 2), q_nRK.mul_(a.scale)), block, heads)
 
 
-def _score_gradient(
-    p_bRs: Tensor,
-    dp_bRs: Tensor,
-    a: Inputs,
-    block: Block,
-    head: int,
-    around: _Surroundings,
-    scratch: Scratch,
-    grads: Gradients | None,
-) -> Tensor:
-    """dS = p dp [b, R, s], and its sums by distance added to ``grads.bias``. Where the bias has one head, heads add up."""
+def _score_gradient(part: _Part, p_nRs: Tensor, dp_nRs: Tensor, grads: Gradients | None) -> Tensor:
+    """dS = p dp [n, R, s], and its sums by distance added to ``grads.bias``. Where the bias has one head, heads add up."""
     if grads is None:
-        return dp_bRs.mul_(p_bRs)
-    row_M = grads.bias[head if a.bias_HM.shape[0] > 1 else 0]
-    if around.entry_Rs is not None:
-        ds_bRs = dp_bRs.mul_(p_bRs)
-        row_M.index_add_(0, around.entry_Rs.flatten(), ds_bRs.sum(0).flatten())
-        return ds_bRs
+        return dp_nRs.mul_(p_nRs)
+    bias_hM, dims = grads.bias[part.bias_heads], (0, 2) if part.a.bias_HM.shape[0] > 1 else (0, 1, 2)
+    n_queries, n_keys = part.shape[2:]
+    if part.around.entry_Rs is not None:
+        ds_nRs = dp_nRs.mul_(p_nRs)
+        sums = ds_nRs.view(part.shape).sum(dims[:-1]).view(bias_hM.shape[0], -1)
+        bias_hM.index_add_(1, part.around.entry_Rs.flatten(), sums)
+        return ds_nRs
     # A zero margin of R - 1 columns, then a view whose rows are one element shorter: its column m holds all r + s = m.
-    width = block.n_queries + block.n_keys - 1
-    padded_bRW = scratch("padded", *p_bRs.shape[:2], width)
-    padded_bRW[..., block.n_keys :] = 0.0
-    ds_bRs = torch.mul(p_bRs, dp_bRs, out=padded_bRW[..., : block.n_keys])
-    sheared = padded_bRW.as_strided(padded_bRW.shape, (block.n_queries * width, width - 1, 1))
-    start = block.r0 + block.s0
-    row_M[start : start + width] += sheared.sum((0, 1))
-    return ds_bRs
+    width = n_queries + n_keys - 1
+    padded_nRW = part.scratch("padded", *p_nRs.shape[:2], width)
+    padded_nRW[..., n_keys:] = 0.0
+    ds_nRs = torch.mul(p_nRs, dp_nRs, out=padded_nRW[..., :n_keys])
+    size = n_queries * width
+    sheared_bhRW = padded_nRW.as_strided((*part.shape[:3], width), (part.shape[1] * size, size, width - 1, 1))
+    bias_hM[:, part.entries] += sheared_bhRW.sum(dims)
+    return ds_nRs

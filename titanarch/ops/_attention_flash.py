@@ -31,17 +31,8 @@ def _heads_first(a: Inputs, x_BSGK: Tensor, block: Block) -> Tensor:
     """Keys or values of a block, [b, H, s, K], repeated for the query heads that share them."""
     x_bsGK = x_BSGK[block.rows, block.keys]
     if a.n_heads != x_BSGK.shape[2]:
-        x_bsGK = x_bsGK.index_select(2, torch.tensor([a.key_head(head) for head in range(a.n_heads)]))
+        x_bsGK = x_bsGK[:, :, [a.key_head(head) for head in range(a.n_heads)]]
     return x_bsGK.transpose(1, 2)
-
-
-def _add_heads(a: Inputs, total_BSGK: Tensor, part_bHsK: Tensor, block: Block) -> None:
-    target_bsGK = total_BSGK[block.rows, block.keys]
-    if a.n_heads == total_BSGK.shape[2]:
-        target_bsGK += part_bHsK.transpose(1, 2)
-        return
-    for head in range(a.n_heads):
-        target_bsGK[:, :, a.key_head(head)] += part_bHsK[:, head]
 
 
 def _mask(a: Inputs, block: Block, scratch: Scratch) -> Tensor:
@@ -122,6 +113,6 @@ def backward(a: Inputs, y_BTHV: Tensor, lse_BTH: Tensor, dy_BTHV: Tensor) -> Gra
             scale=a.scale,
         )
         grads.q[block.rows, a.tokens(block)] = dq_bHRK.transpose(1, 2).flip(1)
-        _add_heads(a, grads.k, dk_bHsK, block)
-        _add_heads(a, grads.v, dv_bHsV, block)
+        a.add_keys(grads.k, dk_bHsK, block, slice(0, a.n_heads))
+        a.add_keys(grads.v, dv_bHsV, block, slice(0, a.n_heads))
     return grads

@@ -56,6 +56,11 @@ class DistanceBias:
     aligned: bool
 
 
+def readable(x: Tensor) -> bool:
+    """Whether reading a value costs nothing: an ordinary tensor on the CPU, outside of tracing."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def known_offset(query: AttentionTokens, key: AttentionTokens, contiguous: bool) -> int | None:
     """First query index minus first key index where the host may know it, else None.
 
@@ -67,7 +72,7 @@ def known_offset(query: AttentionTokens, key: AttentionTokens, contiguous: bool)
         return 0
     if query.start is not None and key.start is not None:
         return query.start - key.start
-    if query.index_T.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(query.index_T) and readable(key.index_T):
         return int(query.index_T[0]) - int(key.index_T[0])
     return None
 
@@ -125,7 +130,7 @@ def gathered_bias(
     beyond = 0.0 if reach is None and window is None else NEVER
     if reach is not None and (window is None or window > reach):
         beyond = float("nan")
-        if query.index_T.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(query.index_T) and readable(key.index_T):
             _check_reach(query.index_T, key.index_T, reach, causal)
     known = [n for n in (reach, window) if n is not None]
     side = min(known) - 1 if known else 0

@@ -42,6 +42,7 @@ from titanarch.ops._attention_tokens import (
     aligned_bias,
     gathered_bias,
     known_offset,
+    readable,
     table_reach,
     whole_mask,
 )
@@ -207,8 +208,7 @@ def _table_by_pair(table_HN: Tensor, distance_TS: Tensor, visible_1TS: Tensor, c
     """Bias [H, T, S]. Raises ValueError on the CPU where a visible distance is beyond the table; elsewhere not-a-number."""
     reach = table_reach(table_HN, causal)
     beyond_TS = visible_1TS[0] & (distance_TS.abs() >= reach)
-    on_host = distance_TS.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and bool(beyond_TS.any()):
+    if readable(distance_TS) and bool(beyond_TS.any()):
         longest = int(distance_TS.abs()[beyond_TS].max())
         raise ValueError(f"a bias table of {reach} distances does not reach {longest} tokens; build it for the longest distance")
     column_TS = distance_TS.clamp(0 if causal else 1 - reach, reach - 1) + (0 if causal else reach - 1)

@@ -5,11 +5,10 @@ processes, of a row over context parallelism or of channels and heads over tenso
 All of it is tensor arithmetic on integers, alike on CPU and GPU, and compiles without a graph break (a ``torch.Generator``
 does not).
 
-- A key is 63 bits, two lanes (31 and 32). A coordinate (row, then token, then perhaps a head) is mixed in by
-  ``x = h(lo ^ word_lo); hi = h(hi ^ word_hi ^ x); lo = h(x + hi)``, where h is an xorshift-multiply hash of 32 bits
-  (the form of MurmurHash3's finalizer; shifts as in C. Wellons' hash-prospector, both public domain).
-- A key (hi, lo) gives column c the bits ``finalize(lo + (2 hi + 1) h(c))``, with MurmurHash3's finalizer: a 2-universal
-  hash in front of an avalanche, about eight cheap passes over the elements.
+- A key is 63 bits in two lanes. A coordinate (row, then token, then perhaps a head) is mixed into each lane by two rounds of
+  a folded product, ``x = p ^ (p >> 32)`` with ``p = (x ^ word) * odd`` (the step of W. Yi's wyhash, public domain).
+- A key (hi, lo) gives column c the bits ``finalize(lo + (2 hi + 1) h(c))``, with the finalizer of A. Appleby's MurmurHash3
+  (public domain) and a bijection h of the same form: a 2-universal hash in front of an avalanche, about eight cheap passes.
 
 Keys are computed in int64 without ever overflowing: a compiler may assume that signed numbers do not overflow, and where
 TorchInductor knows a coordinate's range (an ``arange``), it and the C++ compiler act on that. The last step multiplies
@@ -27,20 +26,8 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF  # the low 32 bits
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0x7FEB352D, 0x735A2D97  # below 2**31: a product with 32 bits stays below 2**63
-_FLIP = 0x2545F491  # so that coordinate 0 is not a fixed point of the hash
-
-
-def _hash_int(word: int) -> int:
-    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
-    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
-    return word ^ (word >> 16)
-
-
-def _hash(word: Tensor) -> Tensor:
-    """A bijection of 0 .. 2**32 - 1, int64; the same function as :func:`_hash_int`."""
-    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
-    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
-    return word ^ (word >> 16)
+_HIGH_LANE, _LOW_LANE = (0x7C2B9E3B, 0x735A2D97), (0x6C8E9CF5, 0x5851F42D)
+_FLIP = 0x2545F491  # so that coordinate 0 is not a fixed point
 
 
 def _seed_lanes(seed: int, site: int) -> tuple[int, int]:
@@ -54,12 +41,23 @@ def _seed_lanes(seed: int, site: int) -> tuple[int, int]:
     return word >> 33, word & _WORD
 
 
+def _folded(lane: Tensor, odds: tuple[int, int]) -> Tensor:
+    """A hash of 0 .. 2**32 - 1, int64."""
+    for odd in odds:
+        product = (lane ^ _FLIP) * odd
+        lane = (product ^ (product >> 32)) & _WORD
+    return lane
+
+
 def _extended(high: Tensor | int, low: Tensor | int, word: Tensor) -> Tensor:
+    """Keys of a coordinate below 2**63, its upper half in the high lane too."""
     word = word.to(torch.int64)
-    mixed = _hash(low ^ (word & _WORD) ^ _FLIP)
-    high = _hash(high ^ ((word >> 32) & _WORD) ^ mixed)
-    low = _hash((mixed + high) & _WORD)
-    return ((high & 0x7FFFFFFF) << 32) | low
+    word_low = word & _WORD
+    high = _folded(word_low ^ ((word >> 31) & (_WORD - 1)) ^ high, _HIGH_LANE) & 0x7FFFFFFF
+    key = (high << 32) | _folded(word_low ^ low, _LOW_LANE)
+    # A view of itself makes TorchInductor store the keys. It would repeat their computation wherever they are used twice,
+    # which is at every xorshift that follows: compiling took minutes.
+    return key.as_strided(key.shape, key.stride())
 
 
 def row_keys(seed: int, row_B: Tensor, site: int) -> Tensor:
@@ -83,8 +81,11 @@ def _int32(word: Tensor) -> Tensor:
 
 
 def column_words(columns: Tensor) -> Tensor:
-    """The words, int32, by which :func:`random_bits` tells columns (integers below 2**32) apart."""
-    return _int32(_hash((columns.to(torch.int64) & _WORD) ^ _FLIP))
+    """The words, int32, by which :func:`random_bits` tells columns (integers below 2**32) apart: no two are alike."""
+    word = (columns.to(torch.int64) & _WORD) ^ _FLIP
+    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
+    return _int32(word ^ (word >> 16))
 
 
 def random_bits(key: Tensor, word_C: Tensor) -> Tensor:
@@ -100,11 +101,16 @@ def reference_bits(seed: int, row: int, index: int, channel: int, site: int) -> 
     """What :func:`random_bits` gives for one element, in Python integers: the definition, as an unsigned 32-bit integer."""
     high, low = _seed_lanes(seed, site)
     for word in (row, index):
-        mixed = _hash_int(low ^ (word & _WORD) ^ _FLIP)
-        high = _hash_int(high ^ ((word >> 32) & _WORD) ^ mixed)
-        low = _hash_int((mixed + high) & _WORD)
+        high ^= (word & _WORD) ^ ((word >> 31) & (_WORD - 1))
+        low ^= word & _WORD
+        for odd_high, odd_low in zip(_HIGH_LANE, _LOW_LANE, strict=True):
+            high, low = (high ^ _FLIP) * odd_high, (low ^ _FLIP) * odd_low
+            high, low = (high ^ (high >> 32)) & _WORD, (low ^ (low >> 32)) & _WORD
         high &= 0x7FFFFFFF
-    bits = (low + (2 * high + 1) * _hash_int(channel ^ _FLIP)) & _WORD
+    word = channel ^ _FLIP
+    word = ((word ^ (word >> 16)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 15)) * _SECOND) & _WORD
+    bits = (low + (2 * high + 1) * (word ^ (word >> 16))) & _WORD
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & _WORD
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & _WORD
     return bits ^ (bits >> 16)
