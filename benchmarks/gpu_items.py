@@ -21,14 +21,10 @@ from titanarch.config.load import load_config
 from titanarch.contract.init import Draw, Init, InitConfig, qualified_names
 from titanarch.contract.model import MODELS
 from titanarch.contract.position import RELATIVE_POSITIONS
-from titanarch.contract.roles import roles_of
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.data.batch import Batch, Windows, make_batch
 from titanarch.ops.biased_attention import AttentionTokens, biased_attention
-from titanarch.parallel.apply import parallelize
-from titanarch.parallel.mesh import build_mesh, resolve_degrees
-from titanarch.train.check import meta_model
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
 from titanarch.train.local_optimizers import shard_of
 from titanarch.train.metrics.devices import device_peak
@@ -36,6 +32,7 @@ from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes, start_processes, stop_processes
 from titanarch.train.resolve import resolve
 from titanarch.train.run_config import RunConfig
+from titanarch.train.setup import lay_out
 from titanarch.train.step import TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
@@ -105,6 +102,7 @@ def _configuration(name: str, rows: int, *, compiled: bool, seq_len: int, dry_ru
         f"--training.global_batch_size={rows}",
         f"--training.local_batch_size={rows}",
         "--activation_checkpoint.mode=none",
+        "--training.mixed_precision_param=bfloat16",
         f"--compile.enable={str(compiled and not dry_run).lower()}",
     ]
     if dry_run:
@@ -115,27 +113,18 @@ def _configuration(name: str, rows: int, *, compiled: bool, seq_len: int, dry_ru
 
 def _train_step(config: RunConfig, processes: Processes, vocab_size: int) -> TrainStep:
     """The trainer's step on a model with weights drawn on the device."""
-    model = meta_model(config, vocab_size)
-    names, roles = qualified_names(model), roles_of(model)
-    parallelize(
-        model,
-        build_mesh(resolve_degrees(config.parallelism, 1), processes.device.type),
-        parallelism=config.parallelism,
-        activation_checkpoint=config.activation_checkpoint,
-        compile_config=config.compile,
-        param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
-    )
-    model.to_empty(device=processes.device)
-    model.reset_parameters(FastInit(InitConfig(), names=names, seed=0, n_layers=sum(1 for _ in model.blocks())))
+    laid_out = lay_out(config, vocab_size, world_size=1, device_type=processes.device.type)
+    model = laid_out.model.to_empty(device=processes.device)
+    model.reset_parameters(FastInit(InitConfig(), names=laid_out.names, seed=0, n_layers=sum(1 for _ in model.blocks())))
     scaler = LossScaler(enabled=False)
     return TrainStep(
         model,
-        build_optimizers(config.optimizer, model.named_parameters(), roles),
+        build_optimizers(config.optimizer, model.named_parameters(), laid_out.roles),
         clipper=GradientClipper(model.parameters(), config.training.max_norm),
         scaler=scaler,
         guard=NonFiniteGuard("stop", scaler),
-        processes=processes,
+        mesh=laid_out.mesh,
+        device=processes.device,
         seed=0,
         z_weight=0.0,
     )

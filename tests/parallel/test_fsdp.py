@@ -15,6 +15,7 @@ from titanarch.contract.init import Init, qualified_names
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.parallel.apply import materialize, parallelize
+from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
@@ -43,10 +44,13 @@ def sharded_model(parallelism: ParallelismConfig, checkpointing: str, dtype: tor
     with torch.device("meta"):
         model = Decoder(config, V, T)
     names = qualified_names(model)
-    mesh = build_mesh(resolve_degrees(parallelism, dist.get_world_size()), "cpu")
+    degrees = resolve_degrees(parallelism, dist.get_world_size())
+    mesh = build_mesh(degrees, "cpu")
     parallelize(
         model,
         mesh,
+        decide_division(model, parallelism, degrees, seq_len=T, device_type="cpu"),
+        vocab_size=V,
         parallelism=parallelism,
         activation_checkpoint=ActivationCheckpointConfig.model_validate({"mode": checkpointing}),
         compile_config=CompileConfig(),

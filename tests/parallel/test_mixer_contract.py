@@ -1,4 +1,4 @@
-"""The contract, proven before anything rests on it: attention and a toy SSM give on two processes what they give on one."""
+"""The contract, proven before anything rests on it: attention and a toy SSM give on several processes what they give on one."""
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel
 from titanarch.models.mixers.attention import Attention, AttentionConfig
-from titanarch.parallel.context_parallel import apply_context_parallel, shard_sequence
+from titanarch.parallel.context_layout import ContextLayout
+from titanarch.parallel.context_parallel import apply_context_parallel
 from titanarch.parallel.tensor_parallel import apply_tensor_parallel
 
-B, T, D = 2, 12, 16
+B, T, D = 2, 16, 16
 SHAPE = ModelShape(d_model=D, vocab_size=32, seq_len=T, layers=("mixer",))
 
 
@@ -35,15 +36,25 @@ MIXERS = {
     ),
     "mqa": lambda: attention(n_kv_heads=1, position="rotary"),
     "dropout": lambda: attention(dropout=0.3),
+    "window_shorter_than_a_part": lambda: attention(window=2, sinks=True, position="t5", dropout=0.2),
     "toy_ssm": lambda: ToySSM(ToySSMConfig(), SHAPE, 0),
     "toy_ssm_four_heads": lambda: ToySSM(ToySSMConfig(n_heads=4, n_groups=2), SHAPE, 0),
 }  # fmt: skip
 ATTENTION = [name for name in MIXERS if "ssm" not in name]
-CASES = (
+CASES_OF_TWO = (
     [(name, "tensor") for name in MIXERS]
     + [(name, "heads") for name in MIXERS]
     + [(name, "gather") for name in ATTENTION]
+    + [(name, "head_tail gather") for name in ATTENTION]
+    + [(name, "ring") for name in ATTENTION]
+    + [(name, "head_tail ring") for name in ATTENTION]
+    + [(name, "head_tail heads") for name in MIXERS]
     + [(name, "state") for name in MIXERS if "ssm" in name]
+)
+# Head-tail parts are of two tokens, as far as the toy SSM looks back.
+CASES_OF_FOUR = (
+    [(name, method) for name in ATTENTION for method in ("ring", "head_tail ring")]
+    + [("gqa_everything", "head_tail gather"), ("mqa", "head_tail heads"), ("toy_ssm_four_heads", "state")]
 )
 
 
@@ -54,7 +65,7 @@ def build(name: str) -> SequenceMixer:
 
 
 def packed_rows() -> SequenceInfo:
-    """Row 0 is documents of 5 and 7 tokens, row 1 of 8 and 4."""
+    """Row 0 is documents of 5 and 11 tokens, row 1 of 8 and 8: one begins inside a part, one with a part."""
     position = torch.stack([torch.cat([torch.arange(n), torch.arange(T - n)]) for n in (5, 8)])
     document = torch.stack([(torch.arange(T) >= n).long() for n in (5, 8)])
     return SequenceInfo(position, document, torch.arange(T), torch.tensor([3, 4]), length=T, seed=0, packed=True)
@@ -74,27 +85,27 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(B, T, D, generator=generator, dtype=torch.float64), torch.randn(B, T, D, generator=generator, dtype=torch.float64)
 
 
-def on_every_process() -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+def on_every_process(cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
     """Every case on this process, its results made whole again."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world_size,))
     group = mesh.get_group()
     results = {}
-    for name, method in CASES:
+    for name, method in cases:
         mixer, seq, (x, weights) = build(name), packed_rows(), inputs()
         if method == "tensor":
             apply_tensor_parallel(mixer, mesh)
             found = outcome(mixer, x, seq, weights)
             results[name, method] = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in found.items()}
             continue
-        apply_context_parallel(mixer, group, ContextParallel(method))
-        part = slice(rank * T // world_size, (rank + 1) * T // world_size)
-        found = outcome(mixer, x[:, part], shard_sequence(seq, group), weights[:, part])
+        layout = ContextLayout(group, head_tail=method.startswith("head_tail"))
+        apply_context_parallel(mixer, layout, ContextParallel(method.removeprefix("head_tail ")))
+        found = outcome(mixer, layout.own(x, 1), layout.divide(seq), layout.own(weights, 1))
         for key, value in found.items():
             if key in ("output", "input"):
                 gathered = [torch.empty_like(value) for _ in range(world_size)]
                 dist.all_gather(gathered, value.contiguous())
-                found[key] = torch.cat(gathered, 1)
+                found[key] = layout.in_order(torch.cat(gathered, 1))
             else:
                 dist.all_reduce(value)
         results[name, method] = found
@@ -102,15 +113,29 @@ def on_every_process() -> dict[tuple[str, str], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def both_ranks() -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
-    return run_distributed(on_every_process, 2)
+def two_ranks() -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
+    return run_distributed(on_every_process, 2, CASES_OF_TWO)
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
-def test_two_processes_equal_one(both_ranks, name: str, method: str) -> None:
+@pytest.fixture(scope="module")
+def four_ranks() -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
+    return run_distributed(on_every_process, 4, CASES_OF_FOUR)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES_OF_TWO)
+def test_two_processes_equal_one(two_ranks, name: str, method: str) -> None:
+    assert_equal_one(two_ranks, name, method)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES_OF_FOUR)
+def test_four_processes_equal_one(four_ranks, name: str, method: str) -> None:
+    assert_equal_one(four_ranks, name, method)
+
+
+def assert_equal_one(ranks: list[dict[tuple[str, str], dict[str, torch.Tensor]]], name: str, method: str) -> None:
     x, weights = inputs()
     expected = outcome(build(name), x, packed_rows(), weights)
-    for found in both_ranks:
+    for found in ranks:
         assert found[name, method].keys() == expected.keys()
         for key, value in expected.items():
             assert value is not None, f"{key} had no gradient on one process"

@@ -69,9 +69,9 @@ def _evaluate(opened: OpenRun, processes: Processes, config: EvaluationConfig) -
         tokenizer=opened.tokenizer,
         train_seq_len=opened.config.training.seq_len,
         device=processes.device,
-        dp_rank=processes.rank,
-        dp_degree=processes.world_size,
-        reduce=processes.sum,
+        dp_rank=opened.mesh.data_rank,
+        dp_degree=opened.mesh.degrees.data_parallel,
+        reduce=opened.mesh.sum_over_data,
     )
 
 

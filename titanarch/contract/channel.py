@@ -23,12 +23,16 @@ class ChannelMixer(nn.Module, ABC):
     """What a block applies to every token. ``seq`` serves those that look at the token before (RWKV)."""
 
     Config: ClassVar[type[ChannelConfig]]
+    config: Any
+    """Its table, with the sizes filled in that ``tensor_parallel`` names."""
     tensor_parallel: ClassVar[Mapping[str, Split]]
     """Every direct child and parameter."""
     float8: ClassVar[frozenset[str]] = frozenset()
     """The Linears that may go to float8."""
     fp32: ClassVar[frozenset[str]] = frozenset()
     """Children that stay fp32 in compute."""
+    first_unit: int = 0
+    """Number of the first hidden unit on this process among all of them; parallel/ sets it where it divides them."""
 
     @abstractmethod
     def __init__(self, config: Any, shape: ModelShape, layer: int) -> None:

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
     """y = x W^T + b. x: [..., d_in]; y: [..., d_out], or the local part of either under tensor parallelism.
 
     ``reduce_output`` is injected by parallel/ into layers divided by input: it sums the partial products before the
-    bias, which is whole on every process, is added.
+    bias, which is not divided, is added.
     """
 
     reduce_output: Reduce | None = None
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
         if self.reduce_output is None:
             return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
         y = self.reduce_output(F.linear(x, local(self.weight)))
-        return y if self.bias is None else y + (self.bias.to_local() if isinstance(self.bias, DTensor) else self.bias)
+        return y if self.bias is None else y + local(self.bias)
 
 
 class HeadParams(nn.Module):

@@ -15,6 +15,7 @@ from titanarch.contract.init import Init
 from titanarch.contract.mixer import State
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Aux
+from titanarch.contract.vocabulary import Vocabulary
 
 
 class ModelConfig(ComponentConfig):
@@ -46,6 +47,10 @@ class Model(nn.Module, ABC):
     """Named sizes: defaults of the [model] table."""
     fsdp_units: ClassVar[Literal["blocks", "root"]] = "blocks"
     """Whether each block is an FSDP unit, or the root alone (models that differentiate inside their forward)."""
+    vocabulary_parameters: ClassVar[frozenset[str]] = frozenset({"embedding.weight", "head.weight", "head.bias", "head_bias_V"})
+    """Names of the parameters whose dimension 0 is the vocabulary, where the model has them."""
+    vocabulary: Vocabulary = Vocabulary()
+    """Embeds tokens and says which are scored here; parallel/ replaces it."""
 
     @abstractmethod
     def __init__(self, config: Any, vocab_size: int, seq_len: int) -> None:

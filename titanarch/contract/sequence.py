@@ -35,8 +35,8 @@ class SequenceInfo:
     which keys random draws. ``length``: tokens of a whole row. ``seed``: the run's, or None where nothing is drawn
     (evaluation, generation). ``packed``: False promises that every row is one document. ``contiguous``: whether
     ``index_T`` counts up by one. ``cu_seqlens``: starts of the documents in the flattened batch, int32, padded to a
-    fixed length with the number of tokens. ``whole_row``:
-    the same batch undivided, where context parallelism divides it.
+    fixed length with the number of tokens. ``undivided``:
+    the same batch before its tokens were divided the last time, where they were.
     """
 
     position_BT: Tensor
@@ -49,7 +49,7 @@ class SequenceInfo:
     contiguous: bool = True
     cu_seqlens: Tensor | None = None
     halo: Halo = field(default_factory=LocalHalo)
-    whole_row: "SequenceInfo | None" = None
+    undivided: "SequenceInfo | None" = None
 
     def previous(self, x: Tensor, n: int) -> Tensor:
         """The tokens ``n`` earlier in the same document, [B, T, ...] like ``x``; zero where the document has none."""
@@ -83,9 +83,15 @@ class MixSequence:
     They are the same object but under context parallelism by GATHER or RING, and in decoding with a cache.
     ``first_head``: global number of the first query head here, and ``site``: number of the block; both key random
     draws.
+
+    Under RING the keys are one part of those that the queries read, and ``mix`` runs once for each. ``wants_lse``: it then
+    returns ``lse_BTH``, differentiable, and normalizes over this part alone; a query that sees none of its keys has y 0 and
+    lse -inf. ``holds_sinks``: whether this part is the one that counts what a query weighs beside its keys, such as a sink.
     """
 
     query: SequenceInfo
     key: SequenceInfo
     first_head: int = 0
     site: int = 0
+    wants_lse: bool = False
+    holds_sinks: bool = True

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
-from titanarch.contract.layers import Linear
+from titanarch.contract.layers import Linear, local
 from titanarch.contract.mixer import SequenceMixer, State
 from titanarch.contract.model import Model, Objective, model
 from titanarch.contract.norm import NORMS
@@ -111,21 +110,30 @@ class Decoder(Model):
 
     def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
         x_BTD, carry = self._hidden(tokens_BT, seq)
+        x_BTD, labels_BT = self.vocabulary.scored(x_BTD, labels_BT)
         weight_VD, bias_V = self._head()
         loss = chunked_cross_entropy(
-            x_BTD.flatten(0, 1), weight_VD, bias_V, labels_BT.flatten(), z_weight=z_weight, soft_cap=self.config.head_soft_cap
+            x_BTD.flatten(0, 1),
+            weight_VD,
+            bias_V,
+            labels_BT.flatten(),
+            z_weight=z_weight,
+            soft_cap=self.config.head_soft_cap,
+            shard=self.vocabulary.shard,
         )
         return Objective(loss.total, loss.loss_sum, loss.z_sum, loss.count, carry.aux)
 
     def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
         x_BTD, _ = self._hidden(tokens_BT, seq)
+        x_BTD, labels_BT = self.vocabulary.scored(x_BTD, labels_BT)
         weight_VD, bias_V = self._head()
-        losses_N = token_cross_entropy(x_BTD.flatten(0, 1), weight_VD, bias_V, labels_BT.flatten(), soft_cap=self.config.head_soft_cap)
-        return losses_N.view_as(labels_BT)
+        cap, shard = self.config.head_soft_cap, self.vocabulary.shard
+        losses_N = token_cross_entropy(x_BTD.flatten(0, 1), weight_VD, bias_V, labels_BT.flatten(), soft_cap=cap, shard=shard)
+        return self.vocabulary.rejoin(losses_N.view_as(labels_BT))
 
     def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
         x_BTD, _ = self._hidden(tokens_BT, seq)
-        return self._logits(x_BTD)
+        return self.vocabulary.rejoin(self._logits(x_BTD))
 
     def initial_state(self, n_rows: int) -> list[State]:
         weight = self.embedding.weight
@@ -166,7 +174,7 @@ class Decoder(Model):
             raise ConfigError(
                 f"a sequence of {seq.length} tokens is longer than the position table's {available} rows; shorten it or use another scheme"
             )
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.vocabulary.embed(tokens_BT, self.embedding.weight)
         if self.config.scale_embedding:
             x_BTD = x_BTD * math.sqrt(self.shape.d_model)
         position_BT, longest = seq.position_BT, self.config.position.start_augmentation
@@ -186,12 +194,17 @@ class Decoder(Model):
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the rows here."""
+        weight_VD, bias_V = self._head_parameters()
+        return local(weight_VD), None if bias_V is None else local(bias_V)
+
+    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
         if not self.config.tied_head:
             return self.head.weight, self.head.bias
         return self.embedding.weight, self.head_bias_V if self.config.head_bias else None
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
-        logits = F.linear(x_BTD, *self._head())
+        logits = self.vocabulary.logits(x_BTD, *self._head_parameters())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.head_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)

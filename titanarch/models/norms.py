@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.contract.init import Init
+from titanarch.contract.layers import local
 from titanarch.contract.norm import Norm, NormConfig, norm
 
 Epsilon = Annotated[float, Field(gt=0)]
@@ -43,8 +44,8 @@ class LayerNorm(Norm):
             init.constant(self, "bias", 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+        weight, bias = local(self.weight).to(x.dtype), None if self.bias is None else local(self.bias).to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class RMSNormConfig(NormConfig):
@@ -76,7 +77,7 @@ class RMSNorm(Norm):
             init.constant(self, "weight", 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.dim,), None if self.weight is None else self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, (self.dim,), None if self.weight is None else local(self.weight).to(x.dtype), self.eps)
 
 
 class NoNormConfig(NormConfig):

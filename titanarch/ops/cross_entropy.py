@@ -11,10 +11,14 @@ products in all, nothing computed twice (the idea of arXiv:2410.10989). The back
 Logits, softmax and sums are float32 (float64 for float64 inputs), the weight's gradient too until it is cast at the end. The
 products of lower-precision inputs round their logits to that precision except on CUDA, where they come out in float32.
 
-Shapes: N tokens, D model dim, V vocabulary, C tokens of a chunk.
+The rows of W may be divided among processes that all score the same tokens (:class:`VocabularyShard`): then each has the
+logits of its rows, the largest logit, the sum of exponentials and the target's logit are reduced, and the gradient of h is
+the part that its rows give.
+
+Shapes: N tokens, D model dim, V vocabulary (the rows here), C tokens of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +31,18 @@ IGNORED = -100
 
 _CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits of a chunk, elements: 8 MiB on a CPU, near its cache; 512 MiB on a GPU, whose products must be large."""
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The rows of the head that are here: those from ``first`` on, of a vocabulary divided evenly.
+
+    ``sum``, ``maximum``: reduce a tensor elementwise over the processes that share the vocabulary; no gradient flows.
+    """
+
+    first: int
+    sum: Callable[[Tensor], Tensor]
+    maximum: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,16 +64,18 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     z_weight: float = 0.0,
     chunk_tokens: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> CrossEntropy:
     """Summed cross-entropy of ``labels_N`` (int64, ``IGNORED`` where there is no target) and its z-loss.
 
+    ``shard``: whose rows ``weight_VD`` and ``bias_V`` are; None: all. Labels are numbers in the whole vocabulary either way.
     ``chunk_tokens``: tokens of a chunk; None: as many as make 2**21 logits on a CPU, 2**27 elsewhere. No valid target at all
     gives zeros, gradients too. The gradients are scaled in place, so a graph runs backward once; there is no second
     derivative (:func:`reference_cross_entropy` has one). Raises ValueError for shapes that do not fit.
     """
     _check(hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens)
     total, loss_sum, z_sum, count = _ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, labels_N, soft_cap or 0.0, z_weight, chunk_tokens, torch.is_grad_enabled()
+        hidden_ND, weight_VD, bias_V, labels_N, soft_cap or 0.0, z_weight, chunk_tokens, shard, torch.is_grad_enabled()
     )
     return CrossEntropy(total, loss_sum, z_sum, count)
 
@@ -91,11 +109,12 @@ def token_cross_entropy(
     *,
     soft_cap: float | None = None,
     chunk_tokens: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Cross-entropy of each token, [N] in nats, float32 (float64 for float64 inputs); 0 where there is no target. No gradient."""
     _check(hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens)
     losses = [
-        _chunk_losses(_logits(hidden_ND[part], weight_VD, bias_V, soft_cap or 0.0), labels_N[part])[0]
+        _chunk_losses(_logits(hidden_ND[part], weight_VD, bias_V, soft_cap or 0.0), labels_N[part], shard)[0]
         for part in _chunks(hidden_ND, weight_VD, chunk_tokens)
     ]
     return torch.cat(losses) if losses else hidden_ND.new_zeros(0, dtype=_dtype(hidden_ND))
@@ -136,13 +155,32 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, soft_ca
     return logits_CV.mul_(1.0 / soft_cap).tanh_().mul_(soft_cap) if soft_cap else logits_CV
 
 
-def _chunk_losses(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, 0 without a target, and lse, [C]; softmax [C, V]."""
+def _rows_here(labels_C: Tensor, shard: VocabularyShard | None, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Each label's row among the ``n_rows`` here, and whether it is one of them; some row where it is not."""
+    row_C = labels_C if shard is None else labels_C - shard.first
+    here_C = (labels_C != IGNORED) if shard is None else (labels_C != IGNORED) & (row_C >= 0) & (row_C < n_rows)
+    return row_C.clamp(0, n_rows - 1), here_C
+
+
+def _chunk_losses(logits_CV: Tensor, labels_C: Tensor, shard: VocabularyShard | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, 0 without a target, and lse, [C]; softmax [C, V], of the rows here."""
+    if shard is not None:
+        return _chunk_losses_of_shard(logits_CV, labels_C, shard)
     p_CV = torch.softmax(logits_CV, -1)
     # The largest probability is exp(top - lse), at least 1 / V: two maxima are cheaper than another sum of exponentials.
     lse_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
     target_C = logits_CV.gather(1, labels_C.clamp(min=0)[:, None]).squeeze(1)
     return torch.where(labels_C == IGNORED, 0.0, lse_C - target_C), lse_C, p_CV
+
+
+def _chunk_losses_of_shard(logits_CV: Tensor, labels_C: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    top_C = shard.maximum(logits_CV.amax(-1))
+    p_CV = (logits_CV - top_C[:, None]).exp_()
+    row_C, here_C = _rows_here(labels_C, shard, logits_CV.shape[1])
+    target_C = torch.where(here_C, logits_CV.gather(1, row_C[:, None]).squeeze(1) - top_C, 0.0)
+    total_C, target_C = shard.sum(torch.stack([p_CV.sum(-1), target_C])).unbind()
+    log_total_C = total_C.log()
+    return torch.where(labels_C == IGNORED, 0.0, log_total_C - target_C), top_C + log_total_C, p_CV.div_(total_C[:, None])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -158,6 +196,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         soft_cap: float,
         z_weight: float,
         chunk_tokens: int | None,
+        shard: VocabularyShard | None,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs = [with_gradients and need for need in ctx.needs_input_grad[:3]]
@@ -169,14 +208,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for part in _chunks(hidden_ND, weight_VD, chunk_tokens):
             hidden_CD, labels_C = hidden_ND[part], labels_N[part]
             logits_CV = _logits(hidden_CD, weight_VD, bias_V, soft_cap)
-            loss_C, lse_C, d_CV = _chunk_losses(logits_CV, labels_C)
+            loss_C, lse_C, d_CV = _chunk_losses(logits_CV, labels_C, shard)
             valid_C = (labels_C != IGNORED).to(dtype)
             loss_sum += loss_C.sum()
             z_sum += (lse_C.square() * valid_C).sum()
             if not any(needs):
                 continue
             d_CV.mul_((valid_C * (1.0 + 2.0 * z_weight * lse_C))[:, None])
-            d_CV.scatter_add_(1, labels_C.clamp(min=0)[:, None], -valid_C[:, None])
+            row_C, here_C = _rows_here(labels_C, shard, d_CV.shape[1])
+            d_CV.scatter_add_(1, row_C[:, None], -here_C.to(dtype)[:, None])
             if soft_cap:
                 d_CV.mul_(logits_CV.mul_(1.0 / soft_cap).square_().neg_().add_(1.0))
             if d_bias is not None:
@@ -201,4 +241,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [None if grad is None else grad.mul_(d_total.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

@@ -4,41 +4,60 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh
 
 from titanarch.contract.init import Init, InitConfig, qualified_names
+from titanarch.contract.mixer import BaseMixer, SequenceMixer
 from titanarch.contract.model import Model
+from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint
+from titanarch.parallel.check import Division
+from titanarch.parallel.compile import apply_compile
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from titanarch.parallel.context_layout import ContextLayout
+from titanarch.parallel.context_parallel import apply_context_parallel
 from titanarch.parallel.fsdp import apply_fsdp
+from titanarch.parallel.mesh import Mesh
+from titanarch.parallel.sequence_division import SequenceDivision, divide_sequences
+from titanarch.parallel.tensor_parallel import divide_model
 
 
 def parallelize(
     model: Model,
-    mesh: DeviceMesh,
+    mesh: Mesh,
+    division: Division,
     *,
+    vocab_size: int,
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile_config: CompileConfig,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
 ) -> None:
-    """Apply, in this order: activation checkpointing, compile a block, FSDP2. ``model`` is on the meta device."""
-    if activation_checkpoint.mode == "full":
-        wrap_blocks(model)
+    """Apply, in this order: context and tensor parallelism, activation checkpointing, compile a block, FSDP2.
+
+    ``model`` is on the meta device; ``division`` is what ``decide_division`` said of it.
+    """
+    degrees, layout = mesh.degrees, None
+    if degrees.cp > 1:
+        layout = ContextLayout(mesh.context_group, head_tail=division.head_tail)
+        mixers = [module for module in model.modules() if isinstance(module, BaseMixer)]
+        for mixer, method in zip(mixers, division.methods, strict=True):
+            assert isinstance(mixer, SequenceMixer), "decide_division checks this"
+            assert method is not None, "decide_division checks this"
+            apply_context_parallel(mixer, layout, method)
+    if degrees.tp > 1:
+        divide_model(
+            model,
+            mesh.tensor,
+            vocab_size,
+            sequence_parallel=parallelism.enable_sequence_parallel,
+            loss_parallel=parallelism.enable_loss_parallel,
+        )
+    apply_activation_checkpoint(model, activation_checkpoint)
     if compile_config.enable:
-        for block in model.blocks():
-            block.compile(fullgraph=True, dynamic=False)
-    apply_fsdp(model, mesh, parallelism, param_dtype, reduce_dtype)
-
-
-def wrap_blocks(model: Model) -> None:
-    """Checkpoint each block: only its input is kept for the backward."""
-    blocks = set(model.blocks())
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in blocks:
-                setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False))
+        apply_compile(model, compile_config)
+    apply_fsdp(model, mesh.fsdp, parallelism, param_dtype, reduce_dtype)
+    if degrees.cp > 1 or degrees.tp > 1:
+        divide_sequences(model, SequenceDivision(mesh, layout, sequence_parallel=parallelism.enable_sequence_parallel))
 
 
 def materialize(model: Model, names: dict[nn.Module, str], config: InitConfig, *, seed: int, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Collectives with the backward that each needs. All take and return contiguous tensors of one dtype.
 
-``group`` is a process group; its processes call in the same order.
+``group`` is a process group; its processes call in the same order. The autograd functions take its name, which
+torch.compile can write into a graph.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from titanarch.parallel.torch_names import all_gather, reduce_scatter
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -26,7 +27,7 @@ class _SumGradients(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
@@ -36,19 +37,19 @@ class _Sum(torch.autograd.Function):
 
 def sum_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
     """``x`` as it is; its gradient is summed over ``group``. For what is alike on all and used in parts by each."""
-    out: Tensor = _SumGradients.apply(x, group)
+    out: Tensor = _SumGradients.apply(x, group.group_name)
     return out
 
 
 def sum_parts(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of ``x`` over ``group``, used alike on all; the gradient of each part is that of the sum."""
-    out: Tensor = _Sum.apply(x, group)
+    out: Tensor = _Sum.apply(x, group.group_name)
     return out
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return funcol.wait_tensor(all_gather(x.contiguous(), 0, group))
 
@@ -62,13 +63,31 @@ def gather_stacked(x: Tensor, group: ProcessGroup) -> Tensor:
 
     Every process must let its gradient flow, be it zero: the backward is a collective too.
     """
-    out: Tensor = _Gather.apply(x[None], group)
+    out: Tensor = _Gather.apply(x[None], group.group_name)
     return out
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, T, ...] of each process to [B, T degree, ...] in the order of ranks; gradients are summed and cut back."""
     return gather_stacked(x, group).movedim(0, 1).flatten(1, 2)
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return funcol.wait_tensor(reduce_scatter(x.contiguous(), "sum", 0, group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return funcol.wait_tensor(all_gather(grad.contiguous(), 0, ctx.group)), None
+
+
+def scatter_sum_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, T degree, ...], of which each process holds a part of a sum, to this process's [B, T, ...] of the sum."""
+    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0)
+    out: Tensor = _ScatterSum.apply(parts, group.group_name)
+    return out.squeeze(0)
 
 
 def sequence_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,12 +1,14 @@
 """[parallelism], [activation_checkpoint], [compile], [comm]: how a run is laid out. None of it changes the run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from titanarch.config.section import Section
 
 Degree = Annotated[int, Field(ge=1)]
+Method = Literal["auto", "heads", "gather", "ring", "state"]
+LoadBalance = Literal["auto", "contiguous", "head_tail"]
 
 
 class ParallelismConfig(Section, identity=False):
@@ -17,21 +19,53 @@ class ParallelismConfig(Section, identity=False):
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = Field(
         "default", description="free gathered weights after the forward; default: in blocks, but not on one process"
     )
-    tensor_parallel_degree: Degree = Field(1, description="processes that share the heads; above 1 is not in this version")
-    context_parallel_degree: Degree = Field(1, description="processes that share a sequence; above 1 is not in this version")
+    enable_cpu_offload: bool = Field(False, description="keep weights, gradients and optimizer states in host memory")
+    tensor_parallel_degree: Degree = Field(1, description="processes that share the heads and hidden units of every layer")
+    enable_sequence_parallel: bool = Field(
+        True, description="under tensor parallelism, divide the tokens between mixers too: norms, residuals, dropout"
+    )
+    enable_loss_parallel: bool = Field(
+        True, description="under tensor parallelism, divide embedding, head and loss by vocabulary where the degree divides it"
+    )
+    enable_async_tensor_parallel: bool = Field(False, description="overlap its collectives with products; CUDA and compile only")
+    context_parallel_degree: Degree = Field(1, description="processes that share a sequence")
+    context_parallel_method: Method = Field(
+        "auto", description="how mixers exchange tokens; auto: the first that a mixer declares and that fits"
+    )
+    context_parallel_load_balance: LoadBalance = Field(
+        "auto", description="head_tail: each process has an early and a late part of the sequence; auto: where every mixer can"
+    )
     pipeline_parallel_degree: Degree = Field(1, description="must be 1: there is no pipeline parallelism")
 
 
 class ActivationCheckpointConfig(Section, identity=False):
-    """[activation_checkpoint]: recompute in the backward rather than keep."""
+    """[activation_checkpoint]: recompute in the backward rather than keep. No mode changes a gradient."""
 
-    mode: Literal["none", "full"] = Field("none", description="full: keep only each block's input")
+    mode: Literal["none", "full", "selective", "memory_budget"] = Field(
+        "none",
+        description="full: keep each block's input alone; selective: see selective_ac_option; memory_budget: the compiler picks what is kept",
+    )
+    selective_ac_option: Literal["op"] | Annotated[int, Field(ge=1)] = Field(
+        "op", description="op: keep the results of matrix products, attention and collectives; n: every n-th block as in full, the rest as in none"
+    )
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the bytes that mode none keeps; 0: as in full; needs compile.enable"
+    )
+
+    @field_validator("selective_ac_option", mode="before")
+    @classmethod
+    def _number_in_quotes(cls, value: Any) -> Any:
+        """TorchTitan writes the number as a string."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class CompileConfig(Section, identity=False):
-    """[compile]: torch.compile of each block."""
+    """[compile]: torch.compile of each block, in training; evaluation and decoding run the same blocks eagerly."""
 
-    enable: bool = Field(False, description="compile each block, fullgraph")
+    enable: bool = Field(False, description="compile each block whole (fullgraph), for rows of one shape that may hold several documents")
+    backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="inductor: generate kernels; aot_eager, eager: trace, then run torch's own kernels, to find faults"
+    )
 
 
 class CommConfig(Section, identity=False):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanarch.contract.channel import ChannelMixer
 from titanarch.contract.mixer import SequenceMixer
@@ -20,20 +20,20 @@ METHODS_WITH_PARAMETERS = ("token_losses", "logits", "step")
 """Methods of a Model beside forward that use its parameters, so FSDP must gather for them too."""
 
 
-def apply_fsdp(model: Model, mesh: DeviceMesh, config: ParallelismConfig, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-    """Shard ``model`` over the data axes of ``mesh``. ``param_dtype`` computes, ``reduce_dtype`` sums gradients."""
-    data_mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh
+def apply_fsdp(model: Model, data_mesh: DeviceMesh, config: ParallelismConfig, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
+    """Shard ``model`` over ``data_mesh``. ``param_dtype`` computes, ``reduce_dtype`` sums gradients."""
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=data_mesh.device_type == "cuda") if config.enable_cpu_offload else OffloadPolicy()
     reshard = {"always": True, "never": False, "default": data_mesh.size() > 1}[config.fsdp_reshard_after_forward]
     if model.fsdp_units == "blocks":
         for block in model.blocks():
             if param_dtype != torch.float32:
                 for module in fp32_modules(block):
                     # HeadParams returns its parameters themselves, which the block reads after the unit's forward.
-                    fully_shard(module, mesh=data_mesh, mp_policy=fp32, reshard_after_forward=False)
-            fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+                    fully_shard(module, mesh=data_mesh, mp_policy=fp32, offload_policy=offload, reshard_after_forward=False)
+            fully_shard(block, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+    fully_shard(model, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

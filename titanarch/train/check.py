@@ -11,7 +11,8 @@ from titanarch.contract.model import MODELS, Model
 from titanarch.data.layout import RowLayout
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
-from titanarch.parallel.mesh import resolve_degrees
+from titanarch.parallel.check import decide_division
+from titanarch.parallel.mesh import Degrees, resolve_degrees
 from titanarch.train.budget import build_budget
 from titanarch.train.metrics.config import check_sinks
 from titanarch.train.profiling import check_profiling
@@ -31,7 +32,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
             problems.extend(error.problems)
             return None
 
-    degrees = collect(resolve_degrees, config.parallelism, world_size)
+    degrees: Degrees | None = collect(resolve_degrees, config.parallelism, world_size)
     if degrees is not None:
         n = degrees.data_parallel
         collect(RowLayout, config.training.global_batch_size, local_batch_size(config, n), 0, n)
@@ -39,7 +40,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
     collect(_check_schedule, config)
-    collect(_check_model, config)
+    collect(_check_model, config, degrees, device_type)
     if problems:
         raise ConfigError(*problems)
 
@@ -67,7 +68,8 @@ def _check_schedule(config: RunConfig) -> None:
     build_schedule(config.lr_scheduler, budget)
 
 
-def _check_model(config: RunConfig) -> None:
+def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -> None:
+    """``degrees``: None where they are wrong themselves."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     model = meta_model(config, vocabulary(config, tokenizer.vocab_size))
     longest, problems = model.max_length(), []
@@ -85,6 +87,11 @@ def _check_model(config: RunConfig) -> None:
         Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers")
         for name in refused
     ]
+    if degrees is not None:
+        try:
+            decide_division(model, config.parallelism, degrees, seq_len=config.training.seq_len, device_type=device_type)
+        except ConfigError as error:
+            problems += error.problems
     if config.activation_checkpoint.mode != "none" and model.fsdp_units == "root":
         problems.append(
             Problem("this model differentiates inside its forward, which recomputation breaks; use 'none'", "activation_checkpoint.mode")

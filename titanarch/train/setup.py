@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.device_mesh import DeviceMesh
+import torch
+from torch import nn
 
 from titanarch.checkpoint.config import CheckpointConfig
 from titanarch.checkpoint.store import load
@@ -16,8 +17,9 @@ from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import Role, roles_of
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.parallel.apply import materialize, parallelize
+from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ParallelismConfig
-from titanarch.parallel.mesh import build_mesh, resolve_degrees
+from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
 from titanarch.train.check import meta_model, vocabulary
 from titanarch.train.processes import Processes
 from titanarch.train.resolve import DTYPES, param_dtype
@@ -25,36 +27,52 @@ from titanarch.train.run_config import RunConfig
 
 
 @dataclass(frozen=True)
-class BuiltModel:
-    """A model laid out over processes; ``roles`` and ``cost`` are those of the bare model."""
+class LaidOut:
+    """A model divided over processes, on the meta device; ``names``, ``roles`` and ``cost`` are those of the bare model.
+
+    ``notes``: what was decided where the configuration left it open.
+    """
 
     model: Model
-    mesh: DeviceMesh
+    mesh: Mesh
+    names: dict[nn.Module, str]
     roles: dict[str, Role]
     cost: Cost
+    notes: tuple[str, ...]
 
 
-def build_model(config: RunConfig, processes: Processes, vocab_size: int) -> BuiltModel:
-    """Meta, then parallel, then weights by the seed. ``config`` is resolved."""
-    bare = meta_model(config, vocab_size)
-    names, roles = qualified_names(bare), roles_of(bare)
-    cost = MODELS.of(config.model).cost(config.model, vocab_size, config.training.seq_len)
-    counted = sum(p.numel() for p in bare.parameters())
-    assert cost.parameters == counted, f"cost of {type(bare).__qualname__} says {cost.parameters} parameters, the model has {counted}"
-    mesh = build_mesh(resolve_degrees(config.parallelism, processes.world_size), processes.device.type)
+def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type: str) -> LaidOut:
+    """The model of a resolved ``config``, divided over ``world_size`` processes as it says."""
+    model, training = meta_model(config, vocab_size), config.training
+    names, roles = qualified_names(model), roles_of(model)
+    cost = MODELS.of(config.model).cost(config.model, vocab_size, training.seq_len)
+    counted = sum(p.numel() for p in model.parameters())
+    assert cost.parameters == counted, f"cost of {type(model).__qualname__} says {cost.parameters} parameters, the model has {counted}"
+    degrees = resolve_degrees(config.parallelism, world_size)
+    division = decide_division(model, config.parallelism, degrees, seq_len=training.seq_len, device_type=device_type)
+    mesh = build_mesh(degrees, device_type)
     parallelize(
-        bare,
+        model,
         mesh,
+        division,
+        vocab_size=vocab_size,
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile_config=config.compile,
         param_dtype=param_dtype(config),
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
+    return LaidOut(model, mesh, names, roles, cost, division.notes)
+
+
+def build_model(config: RunConfig, processes: Processes, vocab_size: int) -> LaidOut:
+    """Meta, then parallel, then weights by the seed. ``config`` is resolved."""
+    laid_out = lay_out(config, vocab_size, world_size=processes.world_size, device_type=processes.device.type)
     assert config.debug.seed is not None, "the configuration is resolved before anything is built"
     init = getattr(config.model, "init", InitConfig())
-    materialize(bare, names, init, seed=config.debug.seed, device=processes.device)
-    return BuiltModel(bare, mesh, roles, cost)
+    device = torch.device("cpu") if config.parallelism.enable_cpu_offload else processes.device
+    materialize(laid_out.model, laid_out.names, init, seed=config.debug.seed, device=device)
+    return laid_out
 
 
 @dataclass(frozen=True)
@@ -63,12 +81,15 @@ class OpenRun:
 
     config: RunConfig
     model: Model
+    mesh: Mesh
     tokenizer: Tokenizer
     step: int
 
 
-def open_run(folder: Path, processes: Processes, *, step: int = -1) -> OpenRun:
+def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism: ParallelismConfig | None = None) -> OpenRun:
     """The model of the run in ``folder`` at its newest checkpoint, or at ``step``, laid out over ``processes``.
+
+    ``parallelism``: how; by default each process has rows of its own.
 
     Raises ConfigError where the folder holds no run, or no sound checkpoint.
     """
@@ -76,14 +97,14 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1) -> OpenRun:
         raise ConfigError(Problem(f"{folder} holds no config.toml, so it is no run; give the dump_folder of a run"))
     config = load_config(folder / "config.toml", (), RunConfig).config
     # The layout of the run that trained it need not fit the processes at hand.
-    config = config.model_copy(update={"parallelism": ParallelismConfig()})
+    config = config.model_copy(update={"parallelism": parallelism or ParallelismConfig()})
     tokenizer = build_tokenizer(config.data.tokenizer)
     built = build_model(config, processes, vocabulary(config, tokenizer.vocab_size))
     loaded = load(checkpoint_location(folder, config.checkpoint), {"model": ModelState(built.model)}, step=step)
     if loaded is None:
         raise ConfigError(Problem(f"{folder} has no committed checkpoint; train with checkpoint.enable = true"))
     built.model.eval()
-    return OpenRun(config, built.model, tokenizer, loaded.step)
+    return OpenRun(config, built.model, built.mesh, tokenizer, loaded.step)
 
 
 def checkpoint_location(folder: Path, config: CheckpointConfig) -> str:

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 from titanarch.contract.model import Model, Objective
 from titanarch.data.batch import IGNORED, Batch
 from titanarch.evaluate.sequence import sequence_of
+from titanarch.parallel.mesh import Mesh
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
 from titanarch.train.optimizers import Optimizers
-from titanarch.train.processes import Processes
 
 
 @dataclass
@@ -45,7 +45,8 @@ class TrainStep:
         clipper: GradientClipper,
         scaler: LossScaler,
         guard: NonFiniteGuard,
-        processes: Processes,
+        mesh: Mesh,
+        device: torch.device,
         seed: int,
         z_weight: float,
     ) -> None:
@@ -54,7 +55,8 @@ class TrainStep:
         self.clipper = clipper
         self.scaler = scaler
         self.guard = guard
-        self.processes = processes
+        self.mesh = mesh
+        self.device = device
         self.seed = seed
         self.z_weight = z_weight
 
@@ -85,27 +87,29 @@ class TrainStep:
         for number, batch in enumerate(batches):
             if accumulates:
                 self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
-            batch = batch.to(self.processes.device, non_blocking=True)
+            batch = batch.to(self.device, non_blocking=True)
             yield batch, self.model(batch.tokens_BT, sequence_of(batch, seed=self.seed), batch.labels_BT, self.z_weight)
 
     def _global_targets(self, batches: Sequence[Batch]) -> Tensor:
         """Valid targets of the global batch, an fp32 scalar on the device, at least 1; counted on the host."""
         here = sum(np.count_nonzero(batch.labels_BT.numpy() != IGNORED) for batch in batches)
-        if self.processes.world_size == 1:
-            return torch.tensor(float(max(here, 1))).to(self.processes.device, non_blocking=True)
-        count = torch.tensor(float(here), dtype=torch.float64).to(self.processes.device, non_blocking=True)
-        return self.processes.sum(count).clamp_(min=1).float()
+        if self.mesh.degrees.data_parallel == 1:
+            return torch.tensor(float(max(here, 1))).to(self.device, non_blocking=True)
+        count = torch.tensor(float(here), dtype=torch.float64).to(self.device, non_blocking=True)
+        return self.mesh.sum_over_data(count).clamp_(min=1).float()
 
     def _differentiated(self, objective: Objective, n_targets: Tensor, n_batches: int) -> Tensor:
-        loss = objective.total / n_targets
+        loss, degrees = objective.total / n_targets, self.mesh.degrees
         for aux in objective.aux.values():
             if aux.weight:
                 # Each micro-batch of each process counts alike: its own mean, divided by how many there are.
-                loss = loss + aux.weight * aux.total / aux.counted / (n_batches * self.processes.world_size)
+                loss = loss + aux.weight * aux.total / aux.counted / (n_batches * degrees.data_parallel * degrees.cp)
         return loss
 
     def _metric_parts(self, objective: Objective, n_targets: Tensor, n_batches: int) -> dict[str, Tensor]:
-        parts = {name: (aux.total / aux.counted).detach() / (n_batches * self.processes.world_size) for name, aux in objective.aux.items()}
+        parts = {
+            name: (aux.total / aux.counted).detach() / (n_batches * self.mesh.degrees.world_size) for name, aux in objective.aux.items()
+        }
         if self.z_weight:
             parts["z_loss"] = self.z_weight * objective.z_sum / n_targets
         return parts

@@ -47,7 +47,7 @@ class Trainer:
         seed_global_generators(seed)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         built = build_model(config, processes, vocabulary(config, self.tokenizer.vocab_size))
-        self.model, self.cost = built.model, built.cost
+        self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
         self.optimizers = build_optimizers(config.optimizer, self._named_parameters(), built.roles)
         self.loader = build_loader(
             config.data,
@@ -55,8 +55,8 @@ class Trainer:
             seq_len=training.seq_len,
             global_batch_size=training.global_batch_size,
             local_batch_size=self.rows_at_once,
-            dp_rank=processes.rank,
-            dp_degree=processes.world_size,
+            dp_rank=self.mesh.data_rank,
+            dp_degree=self.mesh.degrees.data_parallel,
             seed=seed,
         )
         self.scaler = LossScaler(enabled=training.mixed_precision_param == "float16")
@@ -67,7 +67,8 @@ class Trainer:
             clipper=GradientClipper(self.model.parameters(), training.max_norm),
             scaler=self.scaler,
             guard=self.guard,
-            processes=processes,
+            mesh=self.mesh,
+            device=processes.device,
             seed=seed,
             z_weight=training.z_loss_weight,
         )
@@ -90,7 +91,7 @@ class Trainer:
 
     @property
     def rows_at_once(self) -> int:
-        return local_batch_size(self.config, self.processes.world_size)
+        return local_batch_size(self.config, self.mesh.degrees.data_parallel)
 
     def run(self) -> dict[str, Any]:
         """Train to the end of the budget; the result, also written to the folder by process 0."""
@@ -107,6 +108,8 @@ class Trainer:
                 return finished
             if self.processes.is_main:
                 self.folder.set_aside_result()
+            for note in self.notes:
+                self.log.event(note)
             self.meter.start(self.budget.fraction)
             profiler = stack.enter_context(
                 Profiler(
@@ -164,7 +167,7 @@ class Trainer:
             return {}
         with self.meter.paused(), self.budget.stopwatch.paused():
             losses = {
-                name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.processes.sum)[0]
+                name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.mesh.sum_over_data)[0]
                 for name, batches in self.validation_sets.items()
             }
         self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
@@ -184,8 +187,8 @@ class Trainer:
                 seq_len=self.config.training.seq_len,
                 n_rows=n_rows,
                 batch_size=self.rows_at_once,
-                dp_rank=self.processes.rank,
-                dp_degree=self.processes.world_size,
+                dp_rank=self.mesh.data_rank,
+                dp_degree=self.mesh.degrees.data_parallel,
             )
             for name, (split, n_rows) in wanted.items()
             if validation.enable and n_rows
@@ -238,9 +241,9 @@ class Trainer:
                 tokenizer=self.tokenizer,
                 train_seq_len=self.config.training.seq_len,
                 device=self.processes.device,
-                dp_rank=self.processes.rank,
-                dp_degree=self.processes.world_size,
-                reduce=self.processes.sum,
+                dp_rank=self.mesh.data_rank,
+                dp_degree=self.mesh.degrees.data_parallel,
+                reduce=self.mesh.sum_over_data,
             )
         return {"evaluation": evaluation.rows, "evaluation_tables": evaluation.to_json()}
 

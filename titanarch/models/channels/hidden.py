@@ -59,8 +59,6 @@ class HiddenChannel(ChannelMixer):
     """``config`` holds the resolved ``d_ff``. Subclasses allocate ``down`` and their other projections."""
 
     config: HiddenConfig
-    first_unit: int = 0
-    """Number of the first hidden unit on this process among all of them; parallel/ sets it where it divides them."""
 
     def __init__(self, config: HiddenConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)

@@ -207,7 +207,7 @@ class Attention(SequenceMixer):
         dropout = None
         if config.dropout and query.seed is not None:
             dropout = AttentionDropout(config.dropout, seed=query.seed, row_B=query.row_B, site=seq.site, first_head=seq.first_head)
-        y, _ = biased_attention(
+        y, lse = biased_attention(
             q,
             k,
             v,
@@ -219,10 +219,11 @@ class Attention(SequenceMixer):
             contiguous=query.contiguous and key.contiguous,
             window=config.window,
             soft_cap=config.soft_cap,
-            sinks_H=head_params.get("sinks_H"),
+            sinks_H=head_params.get("sinks_H") if seq.holds_sinks else None,
             dropout=dropout,
+            return_lse=seq.wants_lse,
         )
-        return MixResult(y, state=None if state is None else {"k": k, "v": v})
+        return MixResult(y, lse, state=None if state is None else {"k": k, "v": v})
 
     def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """Gate, then the output projection: [B, T, D]."""

@@ -5,12 +5,14 @@ Shapes: B rows, T tokens, D model dim.
 
 from typing import Annotated
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
+from titanarch.contract.layers import local
 from titanarch.contract.position import AbsolutePosition, AbsolutePositionConfig, absolute_position
 from titanarch.contract.shape import ModelShape
 
@@ -24,7 +26,7 @@ def look_up(table: nn.Embedding, position_BT: Tensor) -> Tensor:
     check of ``max_length`` before launch stands guard, and the kernel's own assertion behind it.
     """
     try:
-        rows: Tensor = table(position_BT)
+        rows = F.embedding(position_BT, local(table.weight))
     except IndexError as error:
         raise ConfigError(
             f"learned positions end at {table.num_embeddings - 1}, and a token has a later one; raise max_length in "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from titanarch.config.errors import ConfigError
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
+from titanarch.contract.layers import local
 from titanarch.contract.position import AbsolutePosition, AbsolutePositionConfig, absolute_position
 from titanarch.contract.shape import ModelShape
 from titanarch.models.positions.frequencies import inverse_frequencies
@@ -94,4 +95,4 @@ class ScaledSinusoidal(AbsolutePosition):
         init.constant(self, "scale", self.initial_scale)
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
-        return x_BTD + (self.scale * sinusoid(position_BT, x_BTD, self.config.theta)).to(x_BTD.dtype)
+        return x_BTD + (local(self.scale) * sinusoid(position_BT, x_BTD, self.config.theta)).to(x_BTD.dtype)

@@ -1,0 +1,89 @@
+"""The columns of the parity matrix: how the run of one process, eager and in fp32, is run another way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+FP32_BOUND = 1e-5
+FP64_BOUND = 1e-10
+FLOAT8_BOUND = 0.5
+"""Of gradients; float8 has 3 bits of fraction (e4m3) or 2 (e5m2), so a rounding alone is an error of up to 1/8."""
+FLOAT8_LOSS_BOUND = 2e-2
+
+
+class Compared(Enum):
+    """What a column does beside setting keys."""
+
+    SAME_ROWS = "the same rows"
+    ALONE = "each document in a row of its own, against packed rows"
+    RESUMED = "step 1 under the keys, a checkpoint, steps 2 and 3 under other keys"
+
+
+@dataclass(frozen=True)
+class Column:
+    """``keys``: of the configuration, dotted, beside those of a row. ``resumed_keys``: those after a checkpoint.
+
+    ``loss_bound``, ``gradient_bound``: in fp32, where they are wider than FP32_BOUND.
+    """
+
+    name: str
+    group: str
+    n_processes: int
+    keys: Mapping[str, Any]
+    compared: Compared = Compared.SAME_ROWS
+    resumed_keys: Mapping[str, Any] = field(default_factory=dict)
+    loss_bound: float = FP32_BOUND
+    gradient_bound: float = FP32_BOUND
+
+    @property
+    def compiles(self) -> bool:
+        return bool(self.keys.get("compile.enable"))
+
+    def bounds(self, dtype: str) -> tuple[float, float]:
+        """Of loss and gradients."""
+        return (FP64_BOUND, FP64_BOUND) if dtype == "float64" else (self.loss_bound, self.gradient_bound)
+
+
+REFERENCE = Column("1 process", "", 1, {})
+
+TP2, CP2 = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
+METHOD, BALANCE = "parallelism.context_parallel_method", "parallelism.context_parallel_load_balance"
+COMPILE = {"compile.enable": True}
+AC = "activation_checkpoint.mode"
+FLOAT8 = "quantize.linear.float8"
+
+
+def columns(backend: str = "inductor") -> list[Column]:
+    """All columns. ``backend``: of compile on one process; compile + TP uses ``aot_eager``, which traces alike."""
+    compiled = {**COMPILE, "compile.backend": backend}
+    traced = {**COMPILE, "compile.backend": "aot_eager"}
+    data, tensor, context, technique = "Data parallelism", "Tensor parallelism", "Context parallelism", "Techniques"
+    no_sequence_parallelism = {**TP2, "parallelism.enable_sequence_parallel": False}
+    return [
+        Column("FSDP2", data, 2, {}),
+        Column("HSDP 2x2", data, 4, {"parallelism.data_parallel_replicate_degree": 2}),
+        Column("FSDP2 x TP2", data, 4, TP2),
+        Column("FSDP2 x CP2", data, 4, CP2),
+        Column("accumulation", data, 1, {"training.local_batch_size": 1}),
+        Column("accumulation, FSDP2", data, 2, {"training.local_batch_size": 1}),
+        Column("resumed: FSDP2 x TP2 to TP2 x CP2", data, 4, TP2, Compared.RESUMED, {**TP2, **CP2}),
+        Column("TP2", tensor, 2, TP2),
+        Column("TP2, no sequence parallelism", tensor, 2, no_sequence_parallelism),
+        Column("TP2, no loss parallelism", tensor, 2, {**TP2, "parallelism.enable_loss_parallel": False}),
+        Column("TP2 x CP2", tensor, 4, {**TP2, **CP2}),
+        Column("compile, TP2", tensor, 2, {**TP2, **traced}),
+        Column("CP2 gather", context, 2, {**CP2, METHOD: "gather"}),
+        Column("CP2 gather, contiguous", context, 2, {**CP2, METHOD: "gather", BALANCE: "contiguous"}),
+        Column("CP2 heads", context, 2, {**CP2, METHOD: "heads"}),
+        Column("CP2 ring", context, 2, {**CP2, METHOD: "ring"}),
+        Column("CP2 ring, contiguous", context, 2, {**CP2, METHOD: "ring", BALANCE: "contiguous"}),
+        Column("CP2 state", context, 2, {**CP2, METHOD: "state"}),
+        Column("AC full", technique, 1, {AC: "full"}),
+        Column("AC full, TP2 x CP2", technique, 4, {**TP2, **CP2, AC: "full"}),
+        Column("AC selective", technique, 1, {AC: "selective"}),
+        Column("AC memory budget", technique, 1, {**COMPILE, AC: "memory_budget", "activation_checkpoint.memory_budget": 0.5}),
+        Column("compile", technique, 1, compiled),
+        Column("float8 emulated", technique, 1, {f"{FLOAT8}.enable": True}, loss_bound=FLOAT8_LOSS_BOUND, gradient_bound=FLOAT8_BOUND),
+        Column("packing", technique, 1, {}, Compared.ALONE),
+    ]

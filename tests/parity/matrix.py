@@ -1,0 +1,126 @@
+"""The matrix: which cells run, what came of them, and the page that shows it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from tests.parity.columns import REFERENCE, Column
+from tests.parity.measure import Difference, difference
+from tests.parity.rows import Row
+from tests.parity.teams import Reply, run_cells
+from tests.parity.trial import Outcome
+
+Key = tuple[str, str]
+"""Names of row and column."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``difference``: from one process. ``reason``: why there is none. ``failure``: what broke."""
+
+    difference: Difference | None = None
+    reason: str = ""
+    failure: str = ""
+    seconds: float = 0.0
+
+    def exceeds(self, bounds: tuple[float, float]) -> bool:
+        """Whether it broke, or is further from one process than ``bounds`` of loss and gradient allow."""
+        if self.difference is None:
+            return bool(self.failure)
+        return self.difference.loss > bounds[0] or self.difference.gradient > bounds[1]
+
+
+@dataclass
+class Matrix:
+    """Rows by columns; ``measure`` fills ``cells``. ``wanted``: which cells to run, all where it is None."""
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    dtype: str = "float32"
+    wanted: Callable[[Row, Column], bool] | None = None
+    cells: dict[Key, Cell] = field(default_factory=dict)
+
+    def measure(self, *, n_processes: int = 4, say: Callable[[str], None] = print) -> None:
+        """Run every cell on at most ``n_processes`` processes; ``say`` gets a line a cell."""
+        expected: dict[str, Outcome] = {}
+        early: dict[str, list[tuple[Column, Outcome, float]]] = {}
+
+        def compare(name: str, column: Column, outcome: Outcome, seconds: float) -> None:
+            self.cells[name, column.name] = Cell(difference(outcome, expected[name]), seconds=seconds)
+            say(self.line(name, column))
+
+        def report(row: Row, column: Column, reply: Reply, seconds: float) -> None:
+            if reply.outcome is None:
+                refused = reply.state == "refused" and column is not REFERENCE
+                self.cells[row.name, column.name] = Cell(**{"reason" if refused else "failure": reply.text}, seconds=seconds)
+                say(self.line(row.name, column))
+            elif column.name == REFERENCE.name:
+                expected[row.name] = reply.outcome
+                for waiting in early.pop(row.name, []):
+                    compare(row.name, *waiting)
+            elif row.name in expected:
+                compare(row.name, column, reply.outcome, seconds)
+            else:  # its reference is still running on another team
+                early.setdefault(row.name, []).append((column, reply.outcome, seconds))
+
+        todo: list[tuple[Row, Column]] = [(row, REFERENCE) for row in self.rows]
+        for row in self.rows:
+            for column in self.columns:
+                if self.wanted is None or self.wanted(row, column):
+                    reason = row.reason(column.name)
+                    if reason is None:
+                        todo.append((row, column))
+                    else:
+                        self.cells[row.name, column.name] = Cell(reason=reason)
+        run_cells(todo, self.dtype, n_processes=n_processes, report=report)
+        for name, waiting in early.items():
+            for column, _, seconds in waiting:
+                self.cells[name, column.name] = Cell(failure="one process failed, so there is nothing to compare with", seconds=seconds)
+
+    def line(self, row: str, column: Column) -> str:
+        """A cell in a line."""
+        cell = self.cells[row, column.name]
+        shown = cell.reason or cell.failure
+        if cell.difference is not None:
+            d = cell.difference
+            shown = f"loss {d.loss:.1e}, gradients {d.gradient:.1e} ({d.where})"
+        mark = "EXCEEDS " if cell.exceeds(column.bounds(self.dtype)) else ""
+        return f"{cell.seconds:6.1f} s  {row} | {column.name}: {mark}{shown}"
+
+    def failures(self) -> list[str]:
+        """A line for each cell that exceeds its bounds, or broke."""
+        known = {column.name: column for column in (REFERENCE, *self.columns)}
+        return [self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column].bounds(self.dtype))]
+
+    def markdown(self) -> str:
+        """A table for each group of columns, and the reasons of empty cells."""
+        reasons: dict[str, int] = {}
+        parts = []
+        for group in dict.fromkeys(column.group for column in self.columns):
+            columns = [column for column in self.columns if column.group == group]
+            lines = [f"| {group} | " + " | ".join(column.name for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+            for row in self.rows:
+                shown = [self._shown(self.cells.get((row.name, column.name)), column, reasons) for column in columns]
+                lines.append(f"| {row.name} | " + " | ".join(shown) + " |")
+            lines.append("| largest | " + " | ".join(self._largest(column) for column in columns) + " |")
+            parts.append("\n".join(lines))
+        if reasons:
+            parts.append("Empty cells:\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()))
+        return "\n\n".join(parts) + "\n"
+
+    def _shown(self, cell: Cell | None, column: Column, reasons: dict[str, int]) -> str:
+        if cell is None:
+            return ""
+        if cell.difference is None:
+            return f"({reasons.setdefault(cell.reason, len(reasons) + 1)})" if cell.reason else "**failed**"
+        number = f"{cell.difference.largest:.1e}"
+        return f"**{number}**" if cell.exceeds(column.bounds(self.dtype)) else number
+
+    def _largest(self, column: Column) -> str:
+        found = [cell.difference.largest for (_, name), cell in self.cells.items() if name == column.name and cell.difference]
+        return f"{max(found):.1e}" if found else ""
+
+
+def selected(names: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the globs names it."""
+    return any(fnmatchcase(names, pattern) for pattern in patterns)

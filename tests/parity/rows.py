@@ -1,0 +1,155 @@
+"""The rows of the parity matrix: small models, one for each registered component and each option of attention.
+
+A component that is registered has a row without being named here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import titanarch.models.components  # noqa: F401 (registers all)
+from titanarch.contract.channel import CHANNELS
+from titanarch.contract.mixer import MIXERS
+from titanarch.contract.norm import NORMS
+from titanarch.contract.position import ABSOLUTE_POSITIONS, RELATIVE_POSITIONS
+
+Table = dict[str, Any]
+
+D_MODEL, N_HEADS, D_FF, SEQ_LEN, VOCAB = 32, 4, 48, 32, 264
+ODD_VOCAB = 257
+"""Divided by no degree; as many rows as the byte tokenizer has tokens."""
+
+BASE: Table = {
+    "name": "decoder",
+    "n_layers": 2,
+    "d_model": D_MODEL,
+    "n_heads": N_HEADS,
+    "vocab_size": VOCAB,
+    "channel": {"kind": "swiglu", "d_ff": D_FF},
+    "init": {"std": 0.2},  # logits far enough from 0 that attention is not even
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. ``model``: keys of [model] beside or instead of BASE. ``imports``: modules that register what it names.
+
+    ``reasons``: why a column (by glob) says nothing of it.
+    """
+
+    name: str
+    model: Table
+    imports: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def reason(self, column: str) -> str | None:
+        return next((reason for pattern, reason in self.reasons.items() if fnmatchcase(column, pattern)), None)
+
+
+DRAWS = {"packing": "draws are keyed by row and place in the row, and documents alone stand elsewhere"}
+
+EVERYTHING: Table = {
+    "dropout": 0.1,
+    "channel": {"kind": "swiglu", "d_ff": D_FF, "bias": True, "dropout": 0.1},
+    "norm": {"kind": "layernorm"},
+    "position": {"absolute": "scaled_sinusoidal", "relative": ["linear_cpb", "rotary"], "start_augmentation": 48},
+    "mixers": {
+        "attention": {
+            "n_kv_heads": 2,
+            "qk_norm": True,
+            "sinks": True,
+            "output_gate": True,
+            "value_residual": "learned",
+            "qkv_bias": True,
+            "out_bias": True,
+            "dropout": 0.1,
+        }
+    },
+    "tied_head": True,
+    "head_bias": True,
+}
+
+
+def attention(**options: Any) -> Table:
+    """Attention with rotation and a bias by distance, so that neither is forgotten."""
+    return {"mixers": {"attention": options}, "position": {"relative": ["rotary", "alibi"]}}
+
+
+def rows() -> list[Row]:
+    """All rows, in the order of the table."""
+    return [*_positions(), *_mixers(), *_attention(), *_wiring(), *_heads_and_draws()]
+
+
+def _positions() -> Iterator[Row]:
+    for name in ABSOLUTE_POSITIONS:
+        yield Row(f"absolute {name}", {"position": {"absolute": name}})
+    for name in RELATIVE_POSITIONS:
+        yield Row(f"relative {name}", {"position": {"relative": name}})
+    yield Row("relative t5, a table a layer", {"position": {"relative": {"kind": "t5", "shared": False}}})
+    yield Row("relative rotary, yarn", {"position": {"relative": _rotary("yarn", factor=4.0, original_length=16)}})
+    yield Row("relative rotary + fourier_cpb", {"position": {"relative": ["rotary", "fourier_cpb"]}})
+
+
+def _rotary(scaling: str, **options: Any) -> Table:
+    return {"kind": "rotary", "scaling": {"kind": scaling, **options}}
+
+
+def mixer_row(name: str, imports: tuple[str, ...] = ()) -> Row:
+    """A registered mixer with its own defaults."""
+    return Row(f"mixer {name}", {"layers": [name]}, imports)
+
+
+def _mixers() -> Iterator[Row]:
+    for name in MIXERS:
+        if name not in ("attention", "external"):
+            yield mixer_row(name)
+    module = {"kind": "external", "module": "tests.parity.external:RunningMean", "arguments": {"width": "$d_model"}, "mix_documents": True}
+    mixes = {"packing": "the module is told nothing of documents, and its user lets them mix"}
+    yield Row("mixer external (LocalMixer)", {"layers": ["mean"], "mixers": {"mean": module}}, reasons=mixes)
+    hybrid = {"layers": ["attention", "mean"], "mixers": {"mean": module, "attention": {"n_kv_heads": 2}}}
+    yield Row("mixers attention, external", hybrid, reasons=mixes)
+
+
+def _attention() -> Iterator[Row]:
+    yield Row("GQA, 2 key/value heads", attention(n_kv_heads=2))
+    yield Row("MQA, 1 key/value head", attention(n_kv_heads=1))
+    yield Row("head_dim other than d_model / n_heads", attention(head_dim=12))
+    yield Row("window of 8", attention(window=8))
+    yield Row("window of 20, beyond a part", attention(window=20, n_kv_heads=2))
+    yield Row("soft cap", attention(soft_cap=4.0))
+    yield Row("sinks", attention(sinks=True))
+    yield Row("output gate", attention(output_gate=True))
+    yield Row("QK-norm", attention(qk_norm=True))
+    yield Row("value residual, half", attention(value_residual="half", n_kv_heads=2))
+    yield Row("value residual, learned", attention(value_residual="learned", n_kv_heads=1))
+    yield Row("biases on q, k, v and output", attention(qkv_bias=True, out_bias=True))
+    nope = {"attention": {}, "nope": {"kind": "attention", "position": [], "n_kv_heads": 2}}
+    yield Row("NoPE layers among rotary ones", {"layers": ["attention", "nope"], "mixers": nope, "position": {"relative": "rotary"}})
+    local = {"local": {"kind": "attention", "window": 6}, "attention": {"n_kv_heads": 2}}
+    yield Row("window layers among whole ones", {"layers": ["local", "attention"], "mixers": local, "position": {"relative": "rotary"}})
+
+
+def _wiring() -> Iterator[Row]:
+    position = {"relative": "rotary"}
+    for residual in ("post_norm", "sandwich", "parallel", "no_mixer_residual"):
+        yield Row(f"residual {residual}", {"residual": residual, "position": position})
+    for name in NORMS:
+        yield Row(f"norm {name}", {"norm": {"kind": name}, "position": position, "init": {"std": 0.05} if name == "none" else BASE["init"]})
+    for name in CHANNELS:
+        has_hidden = "d_ff" in CHANNELS[name].Config.model_fields
+        yield Row(f"channel {name}", {"channel": {"kind": name, **({"d_ff": D_FF} if has_hidden else {})}, "position": position})
+
+
+def _heads_and_draws() -> Iterator[Row]:
+    position = {"relative": "alibi"}
+    yield Row("tied head", {"tied_head": True, "position": position})
+    yield Row("tied head with a bias, scaled embedding", {"tied_head": True, "head_bias": True, "scale_embedding": True})
+    yield Row("odd vocabulary", {"vocab_size": ODD_VOCAB, "head_bias": True, "position": position})
+    yield Row("odd vocabulary, tied head", {"vocab_size": ODD_VOCAB, "tied_head": True, "position": position})
+    yield Row("soft cap of the logits", {"head_soft_cap": 3.0, "position": position})
+    dropped = {**attention(dropout=0.1, n_kv_heads=2), "dropout": 0.1, "channel": {"kind": "swiglu", "d_ff": D_FF, "dropout": 0.1}}
+    yield Row("dropout 0.1 everywhere", dropped, reasons=DRAWS)
+    learned = {"absolute": {"kind": "learned", "max_length": 64}, "start_augmentation": 48}
+    yield Row("start augmentation", {"position": learned}, reasons=DRAWS)
+    yield Row("everything at once", EVERYTHING, reasons=DRAWS)

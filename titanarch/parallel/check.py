@@ -1,0 +1,122 @@
+"""Which techniques a model can be divided by, decided from its declarations before anything is launched."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.contract.channel import ChannelMixer
+from titanarch.contract.layers import HeadNorm
+from titanarch.contract.mixer import BaseMixer, LocalMixer, SequenceMixer
+from titanarch.contract.model import Model
+from titanarch.contract.split import ContextParallel
+from titanarch.parallel.config import ParallelismConfig
+from titanarch.parallel.context_parallel import choose_method, uses_head_tail
+from titanarch.parallel.mesh import Degrees
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a model is divided: the method of each of its mixers (by layer), and how rows are cut.
+
+    ``notes``: what was chosen where the configuration left it open, a sentence each.
+    """
+
+    methods: tuple[ContextParallel | None, ...]
+    head_tail: bool
+    notes: tuple[str, ...]
+
+
+def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *, seq_len: int, device_type: str) -> Division:
+    """How ``model``, on the meta device or not, is divided; one ConfigError with every reason why it cannot be.
+
+    ``seq_len``: tokens of a training row.
+    """
+    problems = list(_tensor_problems(model, config, degrees, device_type))
+    methods, notes = [], []
+    for mixer in _mixers(model):
+        method, reasons = _method(mixer, config, degrees)
+        if degrees.cp > 1 and method is None:
+            name = f"{type(mixer).__qualname__} cannot be divided among {degrees.cp} processes: {'; '.join(reasons)}"
+            problems.append(Problem(f"{name}; use another degree or mixer", _context_key(config, degrees)))
+        elif reasons:
+            notes.append(f"{type(mixer).__qualname__}: context parallelism by {method.value if method else '-'}, as {'; '.join(reasons)}")
+        methods.append(method)
+    head_tail = False
+    used = {method for method in methods if method is not None}
+    if degrees.cp > 1 and used:
+        try:
+            head_tail = uses_head_tail(used, config.context_parallel_load_balance)
+        except ValueError as error:
+            problems.append(Problem(f"head_tail: {error}; use 'auto'", "parallelism.context_parallel_load_balance"))
+    problems += _length_problems(config, degrees, seq_len, head_tail=head_tail)
+    if problems:
+        raise ConfigError(*_unique(problems))
+    return Division(tuple(methods), head_tail, tuple(dict.fromkeys(notes)))
+
+
+def _mixers(model: Model) -> list[BaseMixer]:
+    """In the order of the blocks."""
+    return [module for module in model.modules() if isinstance(module, BaseMixer)]
+
+
+def _method(mixer: BaseMixer, config: ParallelismConfig, degrees: Degrees) -> tuple[ContextParallel | None, list[str]]:
+    if degrees.cp == 1:
+        return None, []
+    if not isinstance(mixer, SequenceMixer):
+        return None, ["it is a LocalMixer, which declares nothing"]
+    return choose_method(mixer, config.context_parallel_method, degree=degrees.cp, n_shares=degrees.tp)
+
+
+def _context_key(config: ParallelismConfig, degrees: Degrees) -> str:
+    return f"parallelism.context_parallel_{'degree' if config.context_parallel_method == 'auto' else 'method'}"
+
+
+def _tensor_problems(model: Model, config: ParallelismConfig, degrees: Degrees, device_type: str) -> Iterator[Problem]:
+    if config.enable_async_tensor_parallel and device_type != "cuda":
+        yield Problem(f"is for CUDA, and this is {device_type}; set it to false", "parallelism.enable_async_tensor_parallel")
+    if config.enable_async_tensor_parallel and degrees.tp == 1:
+        yield Problem("needs tensor_parallel_degree above 1", "parallelism.enable_async_tensor_parallel")
+    if degrees.tp == 1:
+        return
+    key = "parallelism.tensor_parallel_degree"
+    if model.fsdp_units == "root":
+        yield Problem("this model differentiates inside its forward, where tensor parallelism cannot follow; use 1", key)
+    for module in model.modules():
+        reason = _why_not_divided(module, degrees.tp)
+        if reason:
+            yield Problem(f"{type(module).__qualname__} cannot be divided among {degrees.tp} processes: {reason}", key)
+
+
+def _why_not_divided(module: nn.Module, degree: int) -> str:
+    """Why tensor parallelism cannot divide a component; empty where it can."""
+    if isinstance(module, LocalMixer):
+        return "it is a LocalMixer, which declares nothing"
+    if isinstance(module, SequenceMixer):
+        n_heads = max(stream.n_heads for stream in module.declared_streams.values())
+        if n_heads % degree:
+            return f"{n_heads} heads are no multiple of it"
+    if isinstance(module, ChannelMixer):
+        columns = {split.heads for split in module.tensor_parallel.values() if split.kind == "column"}
+        for field in sorted(columns):
+            n_units = getattr(module.config, field)
+            if n_units % degree:
+                return f"{n_units} hidden units ({field}) are no multiple of it"
+    if isinstance(module, HeadNorm) and module.n_groups > 1 and module.n_groups % degree:
+        return f"its {module.n_groups} groups are neither 1 nor a multiple of it"
+    return ""
+
+
+def _length_problems(config: ParallelismConfig, degrees: Degrees, seq_len: int, *, head_tail: bool) -> list[Problem]:
+    sequence_parallel = degrees.tp if config.enable_sequence_parallel else 1
+    multiple = degrees.cp * (2 if head_tail else 1) * sequence_parallel
+    if seq_len % multiple == 0:
+        return []
+    parts = f"{multiple} = context_parallel_degree {degrees.cp}{' x 2 (head_tail)' if head_tail else ''}"
+    parts += f" x tensor_parallel_degree {sequence_parallel}" if sequence_parallel > 1 else ""
+    return [Problem(f"{seq_len} tokens are no multiple of {parts}; use one that is", "training.seq_len")]
+
+
+def _unique(problems: list[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))

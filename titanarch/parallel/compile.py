@@ -1,0 +1,54 @@
+"""torch.compile a block at a time, whole graphs, one shape."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from titanarch.contract.model import Model
+from titanarch.contract.sequence import SequenceInfo
+from titanarch.parallel.config import CompileConfig
+
+GRAPHS_A_BLOCK = 4
+"""Variants of a block's graph that torch may compile before it gives up; a run needs one."""
+
+
+def apply_compile(model: Model, config: CompileConfig) -> None:
+    """Compile the forward of each block of ``model``. After activation checkpointing, before FSDP.
+
+    Hooks of the block run outside of the graph, those of its parts inside.
+    """
+    blocks = list(model.blocks())
+    # Blocks share their code, and torch counts graphs by code: their layer numbers alone make as many variants.
+    limit = GRAPHS_A_BLOCK * len(blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, limit)
+    # By default nothing that an FSDP module holds is guarded, so one block's layer number would serve for all.
+    torch._dynamo.config.skip_fsdp_guards = False
+    # The backward of ring context parallelism differentiates one part at a time.
+    torch._dynamo.config.trace_autograd_ops = True
+    for block in blocks:
+        block.forward = CompiledInTraining(block.forward, config)
+
+
+class CompiledInTraining:
+    """``forward`` as one graph where gradients are recorded, as it is where they are not.
+
+    Evaluation has rows of many lengths and numbers, each of which would be compiled.
+    """
+
+    def __init__(self, forward: Callable[..., Any], config: CompileConfig) -> None:
+        self.forward = forward
+        self.compiled = torch.compile(forward, backend=config.backend, fullgraph=True, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*arguments)
+        return self.compiled(*(as_packed(x) if isinstance(x, SequenceInfo) else x for x in arguments))
+
+
+def as_packed(seq: SequenceInfo) -> SequenceInfo:
+    """The same rows without the promise that each is one document, which would need a graph of its own."""
+    return replace(seq, packed=True, undivided=None if seq.undivided is None else as_packed(seq.undivided))
