@@ -4,9 +4,9 @@
     PYTHONPATH=. python benchmarks/small_reference.py --steps 40 --segment 1 --record ""
 
 The reference is the decoder of ``train_configs/small_alibi.toml`` with nothing of titanarch in it: RMSNorm, ALiBi as an
-additive mask of ``F.scaled_dot_product_attention`` (documents masked too), GELU MLP, an untied head, weights drawn from the
-same distributions, torch's AdamW, fp32, the same schedule and clipping, and the rows of titanarch's loader in the same
-order, read beforehand. The two are trained in turns, segment by segment, to the end of the run; the speeds are those of the
+additive mask of ``F.scaled_dot_product_attention`` (documents masked too), GELU MLP, an untied head, the same initial weights,
+torch's AdamW without decay of gains, fp32, the same schedule and clipping, and the rows of titanarch's loader
+in the same order, read beforehand. The two are trained in turns, segment by segment, to the end of the run; the speeds are those of the
 segments, and at the end both read the validation rows. Validation and checkpoints are outside the segments.
 
 Shapes: B rows, T tokens, D model dim, H heads, K head dim, V vocabulary.
@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from titanarch.config.load import load_config
 from titanarch.data.fixed import FixedBatches
 from titanarch.data.loader import build_loader
+from titanarch.train.local_optimizers import shard_of
 from titanarch.train.processes import start_processes, stop_processes
 from titanarch.train.resolve import resolve
 from titanarch.train.run_config import RunConfig
@@ -52,10 +53,21 @@ class Recipe(NamedTuple):
     warmup_steps: int = 20
     min_lr_factor: float = 0.1
     max_norm: float = 1.0
-    std: float = 0.02
 
 
 RECIPE = Recipe()
+NAMES = {
+    "blocks.": "layers.",
+    "norm1.": "norms.mixer_norm.",
+    "norm2.": "norms.channel_norm.",
+    ".q.": ".mixer.wq.",
+    ".k.": ".mixer.wk.",
+    ".v.": ".mixer.wv.",
+    ".out.": ".mixer.wo.",
+    ".up.": ".channel.up.",
+    ".down.": ".channel.down.",
+}
+"""Parts of the names of a block's parameters here, and what titanarch's decoder calls them."""
 
 
 class Rows(NamedTuple):
@@ -86,7 +98,7 @@ class ReferenceBlock(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """The decoder by hand. Initial weights: N(0, std), what writes to the stream over sqrt(2 n_layers), gains 1."""
+    """The decoder by hand; ``load`` gives it its weights."""
 
     def __init__(self, recipe: Recipe, vocab_size: int) -> None:
         super().__init__()
@@ -95,10 +107,15 @@ class ReferenceModel(nn.Module):
         self.norm = nn.RMSNorm(recipe.d_model, eps=1e-5)
         self.head = nn.Linear(recipe.d_model, vocab_size, bias=False)
         self.register_buffer("slope_H", alibi_slopes(recipe.n_heads), persistent=False)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights of titanarch's decoder, by their names there."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=recipe.std / (math.sqrt(2 * recipe.n_layers) if residual else 1.0))
+            theirs = "final_norm.weight" if name == "norm.weight" else name
+            for part, part_there in NAMES.items():
+                theirs = theirs.replace(part, part_there)
+            parameter.copy_(weights[theirs])
 
     def forward(self, rows: Rows) -> Tensor:
         """Logits [B, T, V]."""
@@ -128,10 +145,10 @@ def alibi_slopes(n_heads: int) -> Tensor:
 class ReferenceRun:
     """The loop by hand."""
 
-    def __init__(self, recipe: Recipe, vocab_size: int, rows: list[Rows], seed: int) -> None:
-        torch.manual_seed(seed)
+    def __init__(self, recipe: Recipe, vocab_size: int, rows: list[Rows], weights: Mapping[str, Tensor]) -> None:
         self.recipe, self.rows = recipe, rows
         self.model = ReferenceModel(recipe, vocab_size)
+        self.model.load(weights)
         matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) is decays] for decays in (True, False))
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
@@ -185,6 +202,11 @@ def configuration(steps: int, folder: Path, more: Sequence[str] = ()) -> RunConf
     return resolve(config, seed=config.debug.seed or 0, device_type="cpu")
 
 
+def weights_of(trainer: SlicedTrainer) -> dict[str, Tensor]:
+    """Copies of the initial weights by name."""
+    return {name: shard_of(parameter.detach()).clone() for name, parameter in trainer.model.named_parameters()}
+
+
 def rows_of(trainer: SlicedTrainer, steps: int) -> list[Rows]:
     """The rows of each step, as ``trainer`` reads them."""
     training = trainer.config.training
@@ -231,7 +253,7 @@ def main() -> None:
         folder = Path(name)
         config = configuration(options.steps, folder)
         ours = SlicedTrainer(config, processes, RunFolder(folder))
-        reference = ReferenceRun(RECIPE, ours.tokenizer.vocab_size, rows_of(ours, options.steps), config.debug.seed or 0)
+        reference = ReferenceRun(RECIPE, ours.tokenizer.vocab_size, rows_of(ours, options.steps), weights_of(ours))
         n_parameters = sum(p.numel() for p in reference.model.parameters())
         assert n_parameters == ours.cost.parameters, f"the reference has {n_parameters} parameters, the example {ours.cost.parameters}"
         ours.open(stack)

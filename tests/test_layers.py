@@ -18,6 +18,7 @@ ORDER = (
     ("checkpoint",),
     ("evaluate",),
     ("train",),
+    ("plan",),
     ("studies",),
     ("cli",),
 )

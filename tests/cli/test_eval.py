@@ -1,11 +1,15 @@
 """``titanarch eval`` on a run that was trained for two steps."""
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from tests.distributed import run_distributed
 from tests.evaluate.common import data_of, texts
 from titanarch.cli.main import main
 from titanarch.config.load import load_config
@@ -102,11 +106,45 @@ def test_the_command_line_goes_before_the_run(trained: tuple[Path, dict[str, Any
     assert rows[1]["loss"] != pytest.approx(result["evaluation"][0]["loss"], rel=1e-6)
 
 
+def evaluated_on_processes(folder: str, ports: list[int], *commands: list[str]) -> list[dict[str, Any]]:
+    """What each command measures on the processes of this group, which are given as by torchrun."""
+    dist.destroy_process_group()
+    found = []
+    for port, arguments in zip(ports, commands, strict=True):
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        assert main(["eval", "--run", folder, *arguments]) == 0
+        found.append(evaluated(Path(folder)))
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_processes_that_share_rows_measure_what_one_does(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder = str(trained[0])
+    lengths = ["--lengths", "16,31,48"]  # 31 tokens divide by nothing
+    context = ["--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method=ring"]
+    commands = [[*lengths, *context], [*lengths, "--parallelism.tensor_parallel_degree", "2"]]
+    assert main(["eval", "--run", folder, *lengths]) == 0
+    expected = evaluated(Path(folder))
+    for found in run_distributed(evaluated_on_processes, 2, folder, [free_port() for _ in commands], *commands)[0]:
+        assert found.keys() == expected.keys()
+        for ours, theirs in zip(found["context_lengths"], expected["context_lengths"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        assert found["position_scores"] == [pytest.approx(row, rel=1e-5) for row in expected["position_scores"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lengths", "64,16"], "[evaluation] lengths: 64: the model's position table has 48 rows; ask for at most that"),
         (["--step", "7"], "no sound checkpoint of step 7"),
+        (["--parallelism.context_parallel_degree=2"], "does not divide the 1 processes"),
+        (["--parallelism.context_parallel_degre=2"], "did you mean 'context_parallel_degree'?"),
+        (["--training.seq_len", "32"], "'--training' is no option of eval, and no key of [parallelism]"),
     ],
 )
 def test_what_the_run_cannot_give_is_an_error(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
 from tests.parity.external import RunningMean
 from tests.train.runs import write_config
@@ -32,7 +33,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "tensor degree and the world": (4, [TP, "3"], ["[parallelism] tensor_parallel_degree", "3 does not divide the 4 processes"]),
     "context degree and the world": (4, [CP, "8"], ["[parallelism] context_parallel_degree", "8 does not divide the 4 processes"]),
     "replicas and the world": (2, [REPLICATE, "4"], ["[parallelism] data_parallel_replicate_degree", "does not divide the 2 processes"]),
-    "all degrees and the world": (8, [TP, "2", CP, "2", SHARD, "4"], ["[parallelism] data_parallel_shard_degree", "number of processes, 8"]),
+    "all degrees and the world": (
+        8,
+        [TP, "2", CP, "2", SHARD, "4"],
+        ["[parallelism] data_parallel_shard_degree", "number of processes, 8"],
+    ),
     "rows and data parallelism": (6, [], ["[training] global_batch_size"]),
     "heads of a wanted method": (
         4,
@@ -44,7 +49,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         [CP, "2", TP, "2", METHOD, "heads"],
         ["[parallelism] context_parallel_method", "its 1 heads a process are no multiple of 2"],
     ),
-    "a method that is not declared": (2, [CP, "2", METHOD, "state"], ["[parallelism] context_parallel_method", "state: it declares gather"]),
+    "a method that is not declared": (
+        2,
+        [CP, "2", METHOD, "state"],
+        ["[parallelism] context_parallel_method", "state: it declares gather"],
+    ),
     "heads and tensor parallelism": (4, [TP, "4"], ["[parallelism] tensor_parallel_degree", "Attention", "2 heads are no multiple"]),
     "hidden units": (2, [TP, "2", "--model.channel.d_ff", "33"], ["tensor_parallel_degree", "33 hidden units (d_ff) are no multiple"]),
     "a LocalMixer and tensor parallelism": (2, [TP, "2", *LOCAL], ["tensor_parallel_degree", "External", "LocalMixer"]),
@@ -66,8 +75,16 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["[training] seq_len", "33 tokens", "multiple of 2"],
     ),
     "a length and sequence parallelism": (2, [TP, "2", "--training.seq_len", "33"], ["[training] seq_len", "33 tokens", "multiple of 2"]),
-    "a length and both": (4, [TP, "2", CP, "2", "--training.seq_len", "36"], ["[training] seq_len", "multiple of 8 = context_parallel_degree 2"]),
-    "pipelines": (2, ["--parallelism.pipeline_parallel_degree", "2"], ["[parallelism] pipeline_parallel_degree", "no pipeline parallelism"]),
+    "a length and both": (
+        4,
+        [TP, "2", CP, "2", "--training.seq_len", "36"],
+        ["[training] seq_len", "multiple of 8 = context_parallel_degree 2"],
+    ),
+    "pipelines": (
+        2,
+        ["--parallelism.pipeline_parallel_degree", "2"],
+        ["[parallelism] pipeline_parallel_degree", "no pipeline parallelism"],
+    ),
     "everything at once": (
         2,
         [
@@ -84,7 +101,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
             "[profiling] enable_memory_snapshot",
         ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +166,11 @@ def test_auto_takes_the_next_declared_method_and_says_so() -> None:
 
 
 FORBIDDEN = {"mesh", "device_mesh", "DeviceMesh", "ProcessGroup", "process_group", "get_rank", "get_world_size", "get_group", "world_size"}
-ALLOWED = {("contract/init.py", "device_mesh"), ("contract/layers.py", "torch.distributed.tensor"), ("contract/init.py", "torch.distributed.tensor")}
+ALLOWED = {
+    ("contract/init.py", "device_mesh"),
+    ("contract/layers.py", "torch.distributed.tensor"),
+    ("contract/init.py", "torch.distributed.tensor"),
+}
 """Parameters may be DTensors: weights are cut to what a process holds, and read where they lie."""
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from tests.parity.columns import REFERENCE, Column
-from tests.parity.measure import Difference, difference
+from tests.parity.measure import Difference, difference, zero_gradients
 from tests.parity.rows import Row
-from tests.parity.teams import Reply, run_cells
+from tests.parity.teams import Reply, Task, run_cells
 from tests.parity.trial import Outcome
 
 Key = tuple[str, str]
@@ -30,6 +30,30 @@ class Cell:
         return self.difference.loss > bounds[0] or self.difference.gradient > bounds[1]
 
 
+class _References:
+    """What one process does, by row: in the dtype of the matrix, and in float64 to know which gradients are zero."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.expected: dict[str, Outcome] = {}
+        self.zero: dict[str, frozenset[str]] = {}
+
+    def tasks(self, rows: Sequence[Row]) -> list[Task]:
+        return [Task(row, REFERENCE, dtype) for dtype in sorted({self.dtype, "float64"}) for row in rows]
+
+    def add(self, task: Task, outcome: Outcome) -> None:
+        if task.dtype == self.dtype:
+            self.expected[task.row.name] = outcome
+        if task.dtype == "float64":
+            self.zero[task.row.name] = zero_gradients(outcome)
+
+    def has(self, row: str) -> bool:
+        return row in self.expected and row in self.zero
+
+    def of(self, row: str) -> tuple[Outcome, frozenset[str]]:
+        return self.expected[row], self.zero[row]
+
+
 @dataclass
 class Matrix:
     """Rows by columns; ``measure`` fills ``cells``. ``wanted``: which cells to run, all where it is None."""
@@ -42,40 +66,45 @@ class Matrix:
 
     def measure(self, *, n_processes: int = 4, say: Callable[[str], None] = print) -> None:
         """Run every cell on at most ``n_processes`` processes; ``say`` gets a line a cell."""
-        expected: dict[str, Outcome] = {}
-        early: dict[str, list[tuple[Column, Outcome, float]]] = {}
+        references = _References(self.dtype)
+        waiting: list[tuple[Task, Outcome, float]] = []
 
-        def compare(name: str, column: Column, outcome: Outcome, seconds: float) -> None:
-            self.cells[name, column.name] = Cell(difference(outcome, expected[name]), seconds=seconds)
-            say(self.line(name, column))
-
-        def report(row: Row, column: Column, reply: Reply, seconds: float) -> None:
+        def report(task: Task, reply: Reply, seconds: float) -> None:
+            row, column = task.row.name, task.column
+            is_reference = column.name == REFERENCE.name
             if reply.outcome is None:
-                refused = reply.state == "refused" and column is not REFERENCE
-                self.cells[row.name, column.name] = Cell(**{"reason" if refused else "failure": reply.text}, seconds=seconds)
-                say(self.line(row.name, column))
-            elif column.name == REFERENCE.name:
-                expected[row.name] = reply.outcome
-                for waiting in early.pop(row.name, []):
-                    compare(row.name, *waiting)
-            elif row.name in expected:
-                compare(row.name, column, reply.outcome, seconds)
-            else:  # its reference is still running on another team
-                early.setdefault(row.name, []).append((column, reply.outcome, seconds))
+                refused = reply.state == "refused" and not is_reference
+                self.cells[row, column.name] = Cell(**{"reason" if refused else "failure": reply.text}, seconds=seconds)
+                say(self.line(row, column))
+            elif is_reference:
+                references.add(task, reply.outcome)
+            else:
+                waiting.append((task, reply.outcome, seconds))
+            for item in [item for item in waiting if references.has(item[0].row.name)]:
+                waiting.remove(item)
+                done, outcome, spent = item
+                found = difference(outcome, *references.of(done.row.name))
+                self.cells[done.row.name, done.column.name] = Cell(found, seconds=spent)
+                say(self.line(done.row.name, done.column))
 
-        todo: list[tuple[Row, Column]] = [(row, REFERENCE) for row in self.rows]
+        run_cells([*references.tasks(self.rows), *self._tasks()], n_processes=n_processes, report=report)
+        for task, _, seconds in waiting:
+            failure = "one process failed, so there is nothing to compare with"
+            self.cells[task.row.name, task.column.name] = Cell(failure=failure, seconds=seconds)
+
+    def _tasks(self) -> list[Task]:
+        """The cells to run; the others get their reason."""
+        tasks = []
         for row in self.rows:
             for column in self.columns:
-                if self.wanted is None or self.wanted(row, column):
-                    reason = row.reason(column.name)
-                    if reason is None:
-                        todo.append((row, column))
-                    else:
-                        self.cells[row.name, column.name] = Cell(reason=reason)
-        run_cells(todo, self.dtype, n_processes=n_processes, report=report)
-        for name, waiting in early.items():
-            for column, _, seconds in waiting:
-                self.cells[name, column.name] = Cell(failure="one process failed, so there is nothing to compare with", seconds=seconds)
+                if self.wanted is not None and not self.wanted(row, column):
+                    continue
+                reason = row.reason(column.name)
+                if reason is None:
+                    tasks.append(Task(row, column, self.dtype))
+                else:
+                    self.cells[row.name, column.name] = Cell(reason=reason)
+        return tasks
 
     def line(self, row: str, column: Column) -> str:
         """A cell in a line."""
@@ -90,7 +119,9 @@ class Matrix:
     def failures(self) -> list[str]:
         """A line for each cell that exceeds its bounds, or broke."""
         known = {column.name: column for column in (REFERENCE, *self.columns)}
-        return [self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column].bounds(self.dtype))]
+        return [
+            self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column].bounds(self.dtype))
+        ]
 
     def markdown(self) -> str:
         """A table for each group of columns, and the reasons of empty cells."""

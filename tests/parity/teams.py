@@ -39,6 +39,15 @@ class Reply:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Task:
+    """A cell to run, in ``float32`` or ``float64``."""
+
+    row: Row
+    column: Column
+    dtype: str
+
+
 class Team:
     """``n`` processes with a gloo group of their own. A cell that fails ends them, and the next one starts others."""
 
@@ -130,35 +139,33 @@ def _refusal(error: ConfigError | ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
-def run_cells(
-    cells: Sequence[tuple[Row, Column]], dtype: str, *, n_processes: int, report: Callable[[Row, Column, Reply, float], None]
-) -> None:
+def run_cells(cells: Sequence[Task], *, n_processes: int, report: Callable[[Task, Reply, float], None]) -> None:
     """Run all cells, those of one process first, on at most ``n_processes`` processes at a time.
 
     ``report`` is called with each reply and the seconds it took, from one thread at a time.
     """
     lock = threading.Lock()
 
-    def work(todo: SimpleQueue[tuple[Row, Column]], n: int) -> None:
+    def work(todo: SimpleQueue[Task], n: int, dtype: str) -> None:
         team = Team(n, dtype)
         try:
             while True:
-                row, column = todo.get_nowait()
+                task = todo.get_nowait()
                 started = time.monotonic()
-                reply = team.run(row, column)
+                reply = team.run(task.row, task.column)
                 with lock:
-                    report(row, column, reply, time.monotonic() - started)
+                    report(task, reply, time.monotonic() - started)
         except Empty:
             return
         finally:
             team.close()
 
-    for n in sorted({column.n_processes for _, column in cells}):
-        todo: SimpleQueue[tuple[Row, Column]] = SimpleQueue()
-        for cell in cells:
-            if cell[1].n_processes == n:
-                todo.put(cell)
-        threads = [threading.Thread(target=work, args=(todo, n)) for _ in range(max(1, min(n_processes // n, todo.qsize())))]
+    for n, dtype in sorted({(task.column.n_processes, task.dtype) for task in cells}):
+        todo: SimpleQueue[Task] = SimpleQueue()
+        for task in cells:
+            if (task.column.n_processes, task.dtype) == (n, dtype):
+                todo.put(task)
+        threads = [threading.Thread(target=work, args=(todo, n, dtype)) for _ in range(max(1, min(n_processes // n, todo.qsize())))]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from titanarch.checkpoint.train_state import ModelState, OptimizerState
 from titanarch.data.batch import IGNORED, Batch, Windows, make_batch
 from titanarch.data.layout import RowLayout
 from titanarch.parallel import fsdp, mesh
-from titanarch.train import check, resolve, setup
+from titanarch.train import check, gradients, resolve, setup
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
@@ -204,7 +205,7 @@ def _documents_alone(tokens_BS: np.ndarray, starts: Sequence[Sequence[int]], row
     tokens, labels, numbers = [], [], []
     for row, columns in enumerate(starts):
         bounds = [0, *columns, SEQ_LEN]
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             last = end + (end == SEQ_LEN)  # the last target of the row is that of its last document
             window = np.zeros(SEQ_LEN + 1, dtype=np.int64)
             window[: last - start] = tokens_BS[row, start:last]
@@ -227,6 +228,7 @@ def set_dtype(dtype: str) -> None:
     torch.set_default_dtype(torch.float64)
     resolve.DTYPES["float32"] = torch.float64
     fsdp.fp32_modules = lambda block: iter(())
+    gradients._square_norm = lambda tensors, device: torch.stack([t.square().sum() for t in tensors]).sum()
     meta = check.meta_model
     if meta.__name__ == "meta_model":
         double = lambda config, vocab_size: meta(config, vocab_size).double()  # noqa: E731

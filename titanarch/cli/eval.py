@@ -7,16 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from titanarch.checkpoint.errors import CheckpointError
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.config.load import load_overrides
+from titanarch.config.overrides import COMMAND_LINE, override_trees
+from titanarch.config.section import Section
 from titanarch.evaluate.config import EvaluationConfig
 from titanarch.evaluate.evaluation import EvaluationResult, evaluate, require_readable
 from titanarch.evaluate.evaluator import MAIN_TABLE
-from titanarch.parallel.config import CommConfig
+from titanarch.parallel.config import CommConfig, ParallelismConfig
 from titanarch.train.metrics.files import write_json
 from titanarch.train.metrics.results import heading, table_lines
 from titanarch.train.processes import Processes, start_processes, stop_processes
 from titanarch.train.setup import OpenRun, open_run
 
 RESULT_FILE = "evaluation.json"
+
+_EPILOG = """\
+processes:
+  --parallelism.KEY VALUE   how the model lies on the processes of a launcher, such as
+                            --parallelism.context_parallel_degree 4; unless given, each has rows of its own
+"""
+
+
+class Layout(Section):
+    """What the command line may say of the configuration; the run has settled the rest."""
+
+    parallelism: ParallelismConfig = ParallelismConfig()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +45,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=_natural, metavar="N", help="targets a length and rule, 0 for all; default: that of the run")
     parser.add_argument("--batch-tokens", type=_positive, metavar="N", help="tokens a forward, bounds the memory; default: that of the run")
     parser.add_argument("--no-baselines", dest="baselines", action="store_false", default=None, help="leave the n-gram models out")
+    parser.set_defaults(takes_config=True)
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the tables, and write evaluation.json in the run. ConfigError where the run cannot be evaluated."""
+    parallelism = _parallelism(args.config_arguments)
     processes = start_processes(CommConfig())
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("titanarch.evaluate").setLevel(logging.INFO if processes.is_main else logging.WARNING)
     try:
-        opened = open_run(args.run, processes, step=args.step)
+        opened = open_run(args.run, processes, step=args.step, parallelism=parallelism)
         config = _with_arguments(opened.config.evaluation, args)
         if args.lengths:
             require_readable(opened.model, args.lengths)
@@ -51,8 +71,17 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     finally:
-        stop_processes()
+        stop_processes(processes)
     return 0
+
+
+def _parallelism(arguments: list[str]) -> ParallelismConfig:
+    """[parallelism] of the command line; ConfigError where it names another section."""
+    others = [key for tree in override_trees(arguments) for key in tree.plain() if key != "parallelism"]
+    if others:
+        message = "is no option of eval, and no key of [parallelism]; the run has settled the rest of its configuration"
+        raise ConfigError(*(Problem(f"'--{key}' {message}", file=COMMAND_LINE) for key in others))
+    return load_overrides(arguments, Layout).parallelism
 
 
 def _with_arguments(config: EvaluationConfig, args: argparse.Namespace) -> EvaluationConfig:

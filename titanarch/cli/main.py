@@ -31,6 +31,7 @@ class Command:
 COMMANDS = {
     "train": Command("titanarch.cli.train", "run a configuration, on the processes that a launcher started"),
     "config": Command("titanarch.cli.config", "show, check and document configurations"),
+    "plan": Command("titanarch.cli.plan", "predict memory, communication and time of a run, on machines that are not here"),
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
 }
@@ -40,6 +41,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; ``argv`` is without the program's name. Returns the exit status: 2 for a ConfigError."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments and arguments[0].startswith("--local_rank="):  # from deepspeed's launcher, which sets LOCAL_RANK to the same
+        del arguments[0]
     name = _parser().parse_args(arguments[:1]).command
     module = cast(CommandModule, importlib.import_module(COMMANDS[name].module))
     parser = argparse.ArgumentParser(prog=f"titanarch {name}", description=COMMANDS[name].help, allow_abbrev=False)

@@ -14,9 +14,9 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.explain import describe, explain
 from titanarch.config.keys import split_key
 from titanarch.config.merge import merge
-from titanarch.config.overrides import override_trees
+from titanarch.config.overrides import COMMAND_LINE, override_trees
 from titanarch.config.section import Section
-from titanarch.config.tree import Node, Origin, read_tree
+from titanarch.config.tree import Node, Origin, grow, read_tree
 
 S = TypeVar("S", bound=Section)
 
@@ -81,6 +81,15 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[S]) -> 
     if import_problems or problems:
         raise ConfigError(*_sorted([*import_problems, *problems], [layer.origin.file for layer in layers]))
     return Loaded(path, config, table, tree)
+
+
+def load_overrides(overrides: Sequence[str], schema: type[S]) -> S:
+    """What the command line alone says of a configuration, without a file; ConfigError as from ``load_config``."""
+    tree = reduce(lambda base, over: merge(base, over, (schema,)), override_trees(overrides), grow({}, lambda _: Origin(COMMAND_LINE, None)))
+    try:
+        return schema.model_validate(tree.plain())
+    except ValidationError as error:
+        raise ConfigError(*explain(error, schema, tree)) from error
 
 
 class _Reader:

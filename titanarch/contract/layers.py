@@ -10,6 +10,9 @@ from torch.distributed.tensor import DTensor, Partial
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes that share the heads; its backward is the sum's transpose."""
 
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x [..., d_in] and W [d_out, d_in] to x W^T, [..., d_out]."""
+
 
 def local(parameter: Tensor) -> Tensor:
     """What this process computes with: its shard of a divided parameter, all of a shared one.
@@ -26,15 +29,17 @@ class Linear(nn.Linear):
     """y = x W^T + b. x: [..., d_in]; y: [..., d_out], or the local part of either under tensor parallelism.
 
     ``reduce_output`` is injected by parallel/ into layers divided by input: it sums the partial products before the
-    bias, which is not divided, is added.
+    bias, which is not divided, is added. ``multiply`` too is injected, where the product is computed in another format.
     """
 
     reduce_output: Reduce | None = None
+    multiply: Multiply | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reduce_output is None:
+        if self.reduce_output is None and self.multiply is None:
             return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
-        y = self.reduce_output(F.linear(x, local(self.weight)))
+        y = (self.multiply or F.linear)(x, local(self.weight))
+        y = y if self.reduce_output is None else self.reduce_output(y)
         return y if self.bias is None else y + local(self.bias)
 
 

@@ -82,6 +82,9 @@ class Model(nn.Module, ABC):
     def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
         """Next-token logits, fp32 [B, T, V]."""
 
+    def after_update(self) -> None:
+        """Called after every update of the parameters; parallel/ may replace it."""
+
     def max_length(self) -> int | None:
         """Longest row the model can read, tokens, or None where any length works."""
         return None

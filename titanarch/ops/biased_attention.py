@@ -31,7 +31,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from titanarch.ops import _attention_flex
 from titanarch.ops._attention_operator import biased_attention_operator
@@ -47,6 +47,7 @@ from titanarch.ops._attention_tokens import (
     whole_mask,
 )
 from titanarch.ops.counter_random import column_words, extend_keys, keep_from_bits, random_bits, row_keys, token_keys
+from titanarch.ops.rocm import attention_backends
 
 __all__ = ["AttentionDropout", "AttentionTokens", "apply_sinks", "biased_attention", "reference_attention"]
 
@@ -54,7 +55,7 @@ _SMALL_LOGITS = 1 << 14
 _WHOLE_MASK = 1 << 22
 """Entries of a mask that may be written out and kept for the backward: 16 MiB in float32."""
 
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BACKENDS = attention_backends()
 
 
 def biased_attention(

@@ -11,9 +11,10 @@ from titanarch.contract.model import Model
 from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanarch.parallel.check import Division
 from titanarch.parallel.compile import apply_compile
-from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.context_parallel import apply_context_parallel
+from titanarch.parallel.float8 import apply_float8, precompute_scales
 from titanarch.parallel.fsdp import apply_fsdp
 from titanarch.parallel.mesh import Mesh
 from titanarch.parallel.sequence_division import SequenceDivision, divide_sequences
@@ -29,14 +30,17 @@ def parallelize(
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile_config: CompileConfig,
+    float8: Float8Config | None = None,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
 ) -> None:
-    """Apply, in this order: context and tensor parallelism, activation checkpointing, compile a block, FSDP2.
+    """Apply, in this order: float8, context and tensor parallelism, activation checkpointing, compile a block, FSDP2.
 
-    ``model`` is on the meta device; ``division`` is what ``decide_division`` said of it.
+    ``model`` is on the meta device; ``division`` is what ``decide_division`` said of it. ``float8``: None is off.
     """
     degrees, layout = mesh.degrees, None
+    if float8 is not None and float8.enable:
+        apply_float8(model, float8, mesh.fsdp.device_type)
     if degrees.cp > 1:
         layout = ContextLayout(mesh.context_group, head_tail=division.head_tail)
         mixers = [module for module in model.modules() if isinstance(module, BaseMixer)]
@@ -56,6 +60,8 @@ def parallelize(
     if compile_config.enable:
         apply_compile(model, compile_config)
     apply_fsdp(model, mesh.fsdp, parallelism, param_dtype, reduce_dtype)
+    if float8 is not None and float8.enable and float8.enable_fsdp_float8_all_gather and float8.precompute_float8_dynamic_scale_for_fsdp:
+        precompute_scales(model, float8, mesh.weights["dp_shard_cp"].get_group())
     if degrees.cp > 1 or degrees.tp > 1:
         divide_sequences(model, SequenceDivision(mesh, layout, sequence_parallel=parallelism.enable_sequence_parallel))
 

@@ -11,8 +11,9 @@ from titanarch.contract.layers import HeadNorm
 from titanarch.contract.mixer import BaseMixer, LocalMixer, SequenceMixer
 from titanarch.contract.model import Model
 from titanarch.contract.split import ContextParallel
-from titanarch.parallel.config import ParallelismConfig
+from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.context_parallel import choose_method, uses_head_tail
+from titanarch.parallel.float8 import float8_problems
 from titanarch.parallel.mesh import Degrees
 
 
@@ -28,10 +29,10 @@ class Division:
     notes: tuple[str, ...]
 
 
-def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *, seq_len: int, device_type: str) -> Division:
+def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *, seq_len: int | None, device_type: str) -> Division:
     """How ``model``, on the meta device or not, is divided; one ConfigError with every reason why it cannot be.
 
-    ``seq_len``: tokens of a training row.
+    ``seq_len``: tokens of a training row; None where rows of any length are only evaluated, which are padded.
     """
     problems = list(_tensor_problems(model, config, degrees, device_type))
     methods, notes = [], []
@@ -54,6 +55,33 @@ def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *
     if problems:
         raise ConfigError(*_unique(problems))
     return Division(tuple(methods), head_tail, tuple(dict.fromkeys(notes)))
+
+
+def technique_problems(
+    model: Model,
+    *,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile_config: CompileConfig,
+    float8: Float8Config,
+    degrees: Degrees,
+    seq_len: int,
+    device_type: str,
+) -> list[Problem]:
+    """Why activation checkpointing, compile or float8 cannot be applied to ``model``, bare and on the meta device."""
+    mode, problems = activation_checkpoint.mode, []
+    if mode == "memory_budget" and not compile_config.enable:
+        problems.append(Problem("it is the compiler that keeps to a budget; set compile.enable to true", "activation_checkpoint.mode"))
+    every, n_blocks = activation_checkpoint.selective_ac_option, sum(1 for _ in model.blocks())
+    if mode == "selective" and every != "op" and every > n_blocks:
+        message = f"{every}: of {n_blocks} blocks no {every}-th one is recomputed; use 'op', or 1 to {n_blocks}"
+        problems.append(Problem(message, "activation_checkpoint.selective_ac_option"))
+    if model.fsdp_units == "root":
+        inside = "this model differentiates inside its forward"
+        if mode != "none":
+            problems.append(Problem(f"{inside}, which recomputation breaks; use 'none'", "activation_checkpoint.mode"))
+        if compile_config.enable:
+            problems.append(Problem(f"{inside}, and compiled blocks have no second derivative; use false", "compile.enable"))
+    return [*problems, *float8_problems(model, float8, degrees, seq_len=seq_len, device_type=device_type)]
 
 
 def _mixers(model: Model) -> list[BaseMixer]:
@@ -108,10 +136,10 @@ def _why_not_divided(module: nn.Module, degree: int) -> str:
     return ""
 
 
-def _length_problems(config: ParallelismConfig, degrees: Degrees, seq_len: int, *, head_tail: bool) -> list[Problem]:
+def _length_problems(config: ParallelismConfig, degrees: Degrees, seq_len: int | None, *, head_tail: bool) -> list[Problem]:
     sequence_parallel = degrees.tp if config.enable_sequence_parallel else 1
     multiple = degrees.cp * (2 if head_tail else 1) * sequence_parallel
-    if seq_len % multiple == 0:
+    if seq_len is None or seq_len % multiple == 0:
         return []
     parts = f"{multiple} = context_parallel_degree {degrees.cp}{' x 2 (head_tail)' if head_tail else ''}"
     parts += f" x tensor_parallel_degree {sequence_parallel}" if sequence_parallel > 1 else ""

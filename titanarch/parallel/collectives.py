@@ -16,7 +16,7 @@ from titanarch.parallel.torch_names import all_gather, reduce_scatter
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -27,7 +27,7 @@ class _SumGradients(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
@@ -49,7 +49,7 @@ def sum_parts(x: Tensor, group: ProcessGroup) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return funcol.wait_tensor(all_gather(x.contiguous(), 0, group))
 
@@ -74,7 +74,7 @@ def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return funcol.wait_tensor(reduce_scatter(x.contiguous(), "sum", 0, group))
 

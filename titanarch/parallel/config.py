@@ -1,10 +1,10 @@
-"""[parallelism], [activation_checkpoint], [compile], [comm]: how a run is laid out. None of it changes the run."""
+"""[parallelism], [activation_checkpoint], [compile], [comm]: how a run is laid out. [quantize] alone changes the run."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from titanarch.config.section import Section
+from titanarch.config.section import FREE, ListOf, Section
 
 Degree = Annotated[int, Field(ge=1)]
 Method = Literal["auto", "heads", "gather", "ring", "state"]
@@ -43,10 +43,11 @@ class ActivationCheckpointConfig(Section, identity=False):
 
     mode: Literal["none", "full", "selective", "memory_budget"] = Field(
         "none",
-        description="full: keep each block's input alone; selective: see selective_ac_option; memory_budget: the compiler picks what is kept",
+        description="full: keep each block's input alone; selective: see selective_ac_option; memory_budget: the compiler picks",
     )
     selective_ac_option: Literal["op"] | Annotated[int, Field(ge=1)] = Field(
-        "op", description="op: keep the results of matrix products, attention and collectives; n: every n-th block as in full, the rest as in none"
+        "op",
+        description="op: keep the results of matrix products, attention and collectives; n: every n-th block as in full",
     )
     memory_budget: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="share of the bytes that mode none keeps; 0: as in full; needs compile.enable"
@@ -66,6 +67,38 @@ class CompileConfig(Section, identity=False):
     backend: Literal["inductor", "aot_eager", "eager"] = Field(
         "inductor", description="inductor: generate kernels; aot_eager, eager: trace, then run torch's own kernels, to find faults"
     )
+
+
+class Float8Config(Section):
+    """[quantize.linear.float8]: products of the Linears that components declare, in 8 bits by torchao."""
+
+    enable: bool = Field(False, description="multiply in 8 bits; weights, gradients and optimizer states stay as they are")
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8"] = Field(
+        "tensorwise",
+        description="what shares a scale: a tensor, a row, a row (weight gradients in full precision), or a block of 32 (mxfp8)",
+    )
+    enable_fsdp_float8_all_gather: bool = Field(False, description="gather weights in float8 under FSDP; tensorwise only")
+    precompute_float8_dynamic_scale_for_fsdp: bool = Field(
+        True, description="with it, find all weights' scales in one reduction after each update rather than one a weight"
+    )
+    filter_fqns: ListOf[str] = Field((), description="leave out the Linears whose names hold one of these")
+    emulate: Literal["auto"] | bool = Field(
+        "auto",
+        description="round to 8 bits, but multiply in float32; auto: where the hardware has no such products",
+        json_schema_extra=FREE,
+    )
+
+
+class QuantizeLinearConfig(Section):
+    """[quantize.linear]"""
+
+    float8: Float8Config = Field(default_factory=Float8Config, description="8-bit products")
+
+
+class QuantizeConfig(Section):
+    """[quantize]: products in fewer bits."""
+
+    linear: QuantizeLinearConfig = Field(default_factory=QuantizeLinearConfig, description="those of Linears")
 
 
 class CommConfig(Section, identity=False):

@@ -75,7 +75,7 @@ class Ledger(TorchDispatchMode):
         self._storages: list[_Storage] = []
         self._events: list[tuple[int, int]] = []
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._first_event = 0
+        self._first_event = self._fake_depth = 0
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> "Ledger":
@@ -87,6 +87,7 @@ class Ledger(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        self._fake_depth = 0 if self.fake is None else len(self.fake.enter_stack)
         super().__enter__()
         return self
 
@@ -96,7 +97,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if active_fake_mode() is not self.fake:  # DTensor works out shapes in a fake mode of its own
+        if self._is_shape_propagation():
             return func(*args, **kwargs)
         if any(issubclass(kind, _WRAPPERS) for kind in types):
             return NotImplemented  # they come back with what they hold
@@ -110,6 +111,12 @@ class Ledger(TorchDispatchMode):
         if name.startswith(_COMMUNICATING):
             self._communicated(name, args, kwargs, out)
         return out
+
+    def _is_shape_propagation(self) -> bool:
+        """DTensor works out global shapes in a fake mode: another one, or the trace's entered once more."""
+        if active_fake_mode() is not self.fake:
+            return True
+        return self.fake is not None and len(self.fake.enter_stack) > self._fake_depth
 
     def start_peak(self) -> None:
         """The peak is looked for from here on."""

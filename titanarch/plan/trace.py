@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanarch.data.batch import Batch, Windows, make_batch
 from titanarch.parallel.mesh import Mesh
+from titanarch.plan.formulas import formula_bytes
 from titanarch.plan.ledger import ACTIVATIONS, GATHERED, GRADIENTS, OPTIMIZER, OTHER, PARAMETERS, Ledger, Peak
 from titanarch.plan.routes import routes_of
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
@@ -45,13 +46,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """``peak``: memory of process 0, steady state. ``n_micro_batches``: of the step; ``notes``: what was chosen."""
+    """``peak``: memory of process 0, steady state. ``rows`` of each of ``n_micro_batches`` of the step. ``state_bytes``: kept
+    between steps. ``formulas``: closed formulas of the bytes sent, by axis. ``notes``: what was chosen."""
 
     peak: Peak
     traffic: tuple[Traffic, ...]
     n_micro_batches: int
     rows: int
     state_bytes: dict[str, int]
+    formulas: dict[str, float | None]
     notes: tuple[str, ...]
 
     def sent_bytes(self, axis: str) -> float:
@@ -70,9 +73,16 @@ def fake_processes(world_size: int) -> Iterator[None]:
 
 
 def traceable(config: RunConfig) -> RunConfig:
-    """``config`` without what only changes kernels: compilation, and overlapping collectives with products."""
+    """``config`` without what only changes kernels: compilation, and overlapping collectives with products.
+
+    A memory budget is the compiler's, so its trace is that of ``none``: an upper bound.
+    """
     parallelism = config.parallelism.model_copy(update={"enable_async_tensor_parallel": False})
-    return config.model_copy(update={"compile": config.compile.model_copy(update={"enable": False}), "parallelism": parallelism})
+    checkpoint = config.activation_checkpoint
+    if checkpoint.mode == "memory_budget":
+        checkpoint = checkpoint.model_copy(update={"mode": "none"})
+    compiled = config.compile.model_copy(update={"enable": False})
+    return config.model_copy(update={"compile": compiled, "parallelism": parallelism, "activation_checkpoint": checkpoint})
 
 
 def trace_step(config: RunConfig, vocab_size: int, *, world_size: int, device_type: str) -> StepTrace:
@@ -108,6 +118,7 @@ def _traced(config: RunConfig, built: LaidOut) -> StepTrace:
         n_micro_batches=n_micro_batches,
         rows=rows,
         state_bytes=_state_bytes(built, optimizers),
+        formulas=formula_bytes(config, built, rows=rows, n_micro_batches=n_micro_batches),
         notes=built.notes,
     )
 

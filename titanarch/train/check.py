@@ -11,7 +11,7 @@ from titanarch.contract.model import MODELS, Model
 from titanarch.data.layout import RowLayout
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
-from titanarch.parallel.check import decide_division
+from titanarch.parallel.check import decide_division, technique_problems
 from titanarch.parallel.mesh import Degrees, resolve_degrees
 from titanarch.train.budget import build_budget
 from titanarch.train.metrics.config import check_sinks
@@ -92,9 +92,14 @@ def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -
             decide_division(model, config.parallelism, degrees, seq_len=config.training.seq_len, device_type=device_type)
         except ConfigError as error:
             problems += error.problems
-    if config.activation_checkpoint.mode != "none" and model.fsdp_units == "root":
-        problems.append(
-            Problem("this model differentiates inside its forward, which recomputation breaks; use 'none'", "activation_checkpoint.mode")
+        problems += technique_problems(
+            model,
+            activation_checkpoint=config.activation_checkpoint,
+            compile_config=config.compile,
+            float8=config.quantize.linear.float8,
+            degrees=degrees,
+            seq_len=config.training.seq_len,
+            device_type=device_type,
         )
     if problems:
         raise ConfigError(*problems)

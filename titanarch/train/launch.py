@@ -11,6 +11,8 @@ from titanarch.config.errors import ConfigError
 from titanarch.config.identity import identity_table
 from titanarch.config.load import Loaded
 from titanarch.train.check import check_run
+from titanarch.train.local_batch import MemoryPlanner, with_local_batch
+from titanarch.train.memory_report import REPORT_FILE, is_out_of_memory, memory_report
 from titanarch.train.metrics.environment import environment_record
 from titanarch.train.metrics.files import read_json
 from titanarch.train.processes import Processes, start_processes, stop_processes
@@ -23,10 +25,13 @@ from titanarch.train.trainer import Trainer, run_path
 BUDGET_KEYS = ("training.steps", "training.tokens", "training.minutes")
 
 
-def train(loaded: Loaded[RunConfig]) -> tuple[dict[str, Any], bool]:
+def train(loaded: Loaded[RunConfig], planner: MemoryPlanner | None = None) -> tuple[dict[str, Any], bool]:
     """Run what ``loaded`` says on the processes that the launcher started; the result, and whether this is process 0.
 
-    Raises ConfigError, with files and lines, before anything is written where the configuration cannot run here.
+    ``planner``: chooses ``local_batch_size = "auto"``, and says what would fit when memory runs out.
+
+    Raises ConfigError, with files and lines, before anything is written where the configuration cannot run here, and
+    OutOfMemory with a report where memory runs out.
     """
     processes = start_processes(loaded.config.comm)
     try:
@@ -34,15 +39,23 @@ def train(loaded: Loaded[RunConfig]) -> tuple[dict[str, Any], bool]:
             check_run(loaded.config, world_size=processes.world_size, device_type=processes.device.type)
             path = run_path(loaded.config)
             config = resolve(loaded.config, seed=_seed(loaded.config, path, processes), device_type=processes.device.type)
+            config, note = with_local_batch(config, processes, planner)
             folder = _open_folder(config, path, processes)
         except ConfigError as error:
             raise loaded.located(error) from error
         try:
-            return Trainer(config, processes, folder).run(), processes.is_main
+            with processes.watch.explained():
+                trainer = Trainer(config, processes, folder)
+                trainer.notes = (*trainer.notes, note) if note else trainer.notes
+                return trainer.run(), processes.is_main
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise memory_report(error, config, processes, folder=path, planner=planner) from error
         finally:
             folder.close()
     finally:
-        stop_processes()
+        stop_processes(processes)
 
 
 def _seed(config: RunConfig, path: Path, processes: Processes) -> int:
@@ -67,6 +80,7 @@ def _open_folder(config: RunConfig, path: Path, processes: Processes) -> RunFold
                 environment=environment_record(device=processes.device, n_processes=processes.world_size),
                 allowed=BUDGET_KEYS if extends else (),
             )
+            (path / REPORT_FILE).unlink(missing_ok=True)
         except ConfigError as error:
             failure = error
     if processes.world_size > 1:

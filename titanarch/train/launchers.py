@@ -83,7 +83,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 def first_host(node_list: str) -> str | None:
     """The first name of a list as Slurm writes it, such as ``gpu[003-007,12],login``; None where it cannot be read."""
     match = re.match(r"((?:[^\[\],\s]|\[[\d,-]+\])+)", node_list)
-    if match is None or match.end() < len(node_list) and node_list[match.end()] != ",":
+    if match is None or (match.end() < len(node_list) and node_list[match.end()] != ","):
         return None
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", match[1])
 
@@ -105,7 +105,9 @@ def _count(environment: Mapping[str, str], launcher: str, *names: str) -> int:
 def _meeting_place(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
     address = environment.get("MASTER_ADDR") or (_slurm_address(environment) if launcher == "srun" else None)
     if not address:
-        raise ConfigError(f"{launcher} gives no MASTER_ADDR: set it to the name or address of the node of process 0, alike on all processes")
+        raise ConfigError(
+            f"{launcher} gives no MASTER_ADDR: set it to the name or address of the node of process 0, alike on all processes"
+        )
     if environment.get("MASTER_PORT"):
         return address, _count(environment, launcher, "MASTER_PORT")
     if launcher == "srun" and environment.get("SLURM_JOB_ID", "").isdecimal():

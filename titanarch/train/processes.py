@@ -1,7 +1,8 @@
 """The processes of a run: devices, the default process group, time-outs."""
 
 import os
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -9,16 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from titanarch.config.errors import ConfigError
+from titanarch.ops import rocm
 from titanarch.parallel.config import CommConfig
+from titanarch.train.launchers import Place, find_place
+from titanarch.train.watch import Watch
 
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of ``world_size``, and the device of this process."""
+    """``rank`` of ``world_size``, the device of this process, and the watch over the others."""
 
     rank: int
     world_size: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -37,19 +43,50 @@ def device_type() -> str:
 
 
 def start_processes(config: CommConfig) -> Processes:
-    """Join the processes that the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the processes that a launcher started (``titanarch.train.launchers`` lists them), or be the only one.
+
+    The variables that torch reads are set in the environment where the launcher has others. Raises ConfigError where the
+    launcher says too little, or starts more processes than the node has GPUs.
+    """
+    place = find_place(os.environ)
     kind = device_type()
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    if torch.version.hip is not None and kind == "cuda":
+        rocm.prepare(torch.cuda.get_device_properties(0).gcnArchName, os.environ)
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, _gpu(place, torch.cuda.device_count()))
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     timeout = timedelta(seconds=config.init_timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if place is None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Processes(rank, world_size, device)
+        alone = Processes(0, 1, device)
+        alone.watch.start()
+        return alone
+    os.environ.update(place.variables())
+    dist.init_process_group(backend, timeout=timeout)
+    processes = Processes(place.rank, place.world_size, device, Watch(place.rank, place.world_size))
+    processes.watch.start((place.address, place.port), _name_of_this_start(place.rank))
+    return processes
+
+
+def _gpu(place: Place | None, n_gpus: int) -> int:
+    """The GPU of this process; schedulers may show each process one of its own."""
+    local_rank = 0 if place is None else place.local_rank
+    if local_rank < n_gpus:
+        return local_rank
+    if n_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    raise ConfigError(
+        f"process {local_rank} of this node has no GPU: there are {n_gpus}; start as many processes a node (NGPU) as it has GPUs"
+    )
+
+
+def _name_of_this_start(rank: int) -> str:
+    """A name alike on all processes: a launcher that restarts them may keep the store, and what stands in it."""
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set("titanarch/start", uuid.uuid4().hex)
+    return store.get("titanarch/start").decode()
 
 
 def set_timeout(seconds: float) -> None:
@@ -58,7 +95,9 @@ def set_timeout(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def stop_processes() -> None:
-    """Leave the process group."""
+def stop_processes(processes: Processes | None = None) -> None:
+    """Leave the process group; ``processes`` are those that ``start_processes`` gave."""
+    if processes is not None:
+        processes.watch.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from titanarch.config.section import FREE, ListOf, Section
 from titanarch.contract.model import MODELS, ModelConfig
 from titanarch.data.config import DataConfig
 from titanarch.evaluate.config import EvaluationConfig, ValidationConfig
-from titanarch.parallel.config import ActivationCheckpointConfig, CommConfig, CompileConfig, ParallelismConfig
+from titanarch.parallel.config import ActivationCheckpointConfig, CommConfig, CompileConfig, ParallelismConfig, QuantizeConfig
 from titanarch.train.gradients import OnNonFinite
 from titanarch.train.metrics.config import MetricsConfig
 from titanarch.train.optimizers import OPTIMIZERS, OptimizerConfig
@@ -34,8 +34,10 @@ class TrainingConfig(Section):
 
     seq_len: PositiveInt = Field(description="tokens of a row")
     global_batch_size: PositiveInt = Field(description="rows of an optimizer step, over all processes")
-    local_batch_size: PositiveInt | None = Field(
-        None, description="rows of a forward on one process; unset: all of its rows at once", json_schema_extra=FREE
+    local_batch_size: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="rows of a forward on one process; unset: all of its rows at once; auto: as many as are predicted to fit",
+        json_schema_extra=FREE,
     )
     steps: PositiveInt | None = Field(None, description="budget, optimizer steps")
     tokens: PositiveInt | None = Field(None, description="budget, tokens")
@@ -79,6 +81,7 @@ class RunConfig(Section):
     parallelism: ParallelismConfig = Field(default_factory=ParallelismConfig, description="how processes share the work")
     activation_checkpoint: ActivationCheckpointConfig = Field(default_factory=ActivationCheckpointConfig, description="recompute or keep")
     compile: CompileConfig = Field(default_factory=CompileConfig, description="torch.compile")
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig, description="products in fewer bits")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the state is saved and loaded")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="what is logged, how often and where")
     profiling: ProfilingConfig = Field(default_factory=ProfilingConfig, description="traces and memory snapshots")

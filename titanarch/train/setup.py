@@ -19,6 +19,7 @@ from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.parallel.apply import materialize, parallelize
 from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ParallelismConfig
+from titanarch.parallel.float8 import float8_notes
 from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
 from titanarch.train.check import meta_model, vocabulary
 from titanarch.train.processes import Processes
@@ -41,15 +42,19 @@ class LaidOut:
     notes: tuple[str, ...]
 
 
-def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type: str) -> LaidOut:
-    """The model of a resolved ``config``, divided over ``world_size`` processes as it says."""
+def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type: str, trains: bool = True) -> LaidOut:
+    """The model of a resolved ``config``, divided over ``world_size`` processes as it says.
+
+    ``trains``: False where it only evaluates, for which the run's seq_len need not divide.
+    """
     model, training = meta_model(config, vocab_size), config.training
     names, roles = qualified_names(model), roles_of(model)
     cost = MODELS.of(config.model).cost(config.model, vocab_size, training.seq_len)
     counted = sum(p.numel() for p in model.parameters())
     assert cost.parameters == counted, f"cost of {type(model).__qualname__} says {cost.parameters} parameters, the model has {counted}"
     degrees = resolve_degrees(config.parallelism, world_size)
-    division = decide_division(model, config.parallelism, degrees, seq_len=training.seq_len, device_type=device_type)
+    seq_len = training.seq_len if trains else None
+    division = decide_division(model, config.parallelism, degrees, seq_len=seq_len, device_type=device_type)
     mesh = build_mesh(degrees, device_type)
     parallelize(
         model,
@@ -59,15 +64,17 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile_config=config.compile,
+        float8=config.quantize.linear.float8,
         param_dtype=param_dtype(config),
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
-    return LaidOut(model, mesh, names, roles, cost, division.notes)
+    notes = division.notes + float8_notes(config.quantize.linear.float8, device_type)
+    return LaidOut(model, mesh, names, roles, cost, notes)
 
 
-def build_model(config: RunConfig, processes: Processes, vocab_size: int) -> LaidOut:
-    """Meta, then parallel, then weights by the seed. ``config`` is resolved."""
-    laid_out = lay_out(config, vocab_size, world_size=processes.world_size, device_type=processes.device.type)
+def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, trains: bool = True) -> LaidOut:
+    """Meta, then parallel, then weights by the seed. ``config`` is resolved; ``trains``: see ``lay_out``."""
+    laid_out = lay_out(config, vocab_size, world_size=processes.world_size, device_type=processes.device.type, trains=trains)
     assert config.debug.seed is not None, "the configuration is resolved before anything is built"
     init = getattr(config.model, "init", InitConfig())
     device = torch.device("cpu") if config.parallelism.enable_cpu_offload else processes.device
@@ -91,7 +98,7 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism:
 
     ``parallelism``: how; by default each process has rows of its own.
 
-    Raises ConfigError where the folder holds no run, or no sound checkpoint.
+    Raises ConfigError where the folder holds no run, or no sound checkpoint, or ``parallelism`` does not fit.
     """
     if not (folder / "config.toml").is_file():
         raise ConfigError(Problem(f"{folder} holds no config.toml, so it is no run; give the dump_folder of a run"))
@@ -99,7 +106,7 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism:
     # The layout of the run that trained it need not fit the processes at hand.
     config = config.model_copy(update={"parallelism": parallelism or ParallelismConfig()})
     tokenizer = build_tokenizer(config.data.tokenizer)
-    built = build_model(config, processes, vocabulary(config, tokenizer.vocab_size))
+    built = build_model(config, processes, vocabulary(config, tokenizer.vocab_size), trains=False)
     loaded = load(checkpoint_location(folder, config.checkpoint), {"model": ModelState(built.model)}, step=step)
     if loaded is None:
         raise ConfigError(Problem(f"{folder} has no committed checkpoint; train with checkpoint.enable = true"))

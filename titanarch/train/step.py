@@ -78,6 +78,7 @@ class TrainStep:
         is_made = self.guard.admits(step, loss, norm)
         if is_made:
             self.optimizers.step()
+            self.model.after_update()
         self.optimizers.zero_grad()
         return StepOutcome(loss, parts, norm, is_made)
 

@@ -100,6 +100,7 @@ class Trainer:
             stack.callback(self.log.close)
             stack.callback(self.checkpointer.close)
             stack.callback(self.loader.close)
+            stack.enter_context(self.processes.watch.explained())  # before the others are waited for in what closes
             first_step = self._resume()
             self.budget.start(self.progress.step, self.progress.tokens)
             finished = self.folder.read_result() if self.budget.done else None
@@ -137,6 +138,7 @@ class Trainer:
             self.checkpointer.maybe_wait()
             outcome = self.train_step(step, [next(batches) for _ in range(n_batches)])
             self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
+            self.processes.watch.finished(step)
             self.meter.step_done(self.tokens_per_step, {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts})
             self.budget.advance(step, self.progress.tokens)
             self._after_step(step, outcome)

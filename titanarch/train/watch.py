@@ -42,7 +42,7 @@ _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pi
 
 
 class LostProcessError(RuntimeError):
-    """Another process broke the run; the message names it, its error and its last step."""
+    """A process broke the run, mostly another one; the message names it, its error and its last step."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ class Beat:
     host: str
     pid: int
     parent: int
+    step_file: str
     state: Literal["running", "broken", "left"]
+
+    def is_local(self, parent: int) -> bool:
+        """Whether its process has the launcher ``parent``, of this process, on this node."""
+        return (self.host, self.parent) == (socket.gethostname(), parent)
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,20 @@ class Cause:
     text: str
 
 
+def noted_step(step_file: Path) -> int | None:
+    """The last step that a process of this node noted as finished; None where it noted none."""
+    text = step_file.read_text().strip() if step_file.is_file() else ""
+    return int(text) if text else None
+
+
 def after_step(step: int | None) -> str:
     """Where in the run: ``step`` is the last one finished, None before the first."""
     return "before its first step was done" if step is None else f"after step {step}"
+
+
+def _client(address: str, port: int) -> TCPStore:
+    """A connection of the thread's own: one that waits for another process holds up everybody else on it."""
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
 
 
 class Watch:
@@ -77,23 +93,29 @@ class Watch:
         self.rank, self.world_size = rank, world_size
         self._step: int | None = None
         self._step_file: int | None = None
+        self._step_path = ""
         self._state: Literal["running", "broken", "left"] = "running"
         self._own_failure: Cause | None = None
         self._cause: Cause | None = None
         self._known, self._told, self._wake = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._number = 0
+        self._broken_at: int | None = None
         self._parent = os.getppid()
         self._seen: dict[int, tuple[Beat, int]] = {}
         """The beat of another process and the number of the own beat at which it last changed."""
 
-    def start(self, address: str, port: int, name: str) -> None:
-        """Begin to beat at the store at ``address``:``port``; ``name`` is of this start of the run, alike on all processes."""
+    def start(self, meeting_place: tuple[str, int] | None = None, name: str = "") -> None:
+        """Begin to beat at the store at ``meeting_place``, None for one process.
+
+        ``name`` is of this start of the run, alike on all processes.
+        """
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if error_file:
-            self._step_file = os.open(Path(error_file).with_name(STEP_FILE), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if self.world_size > 1:
-            self._thread = threading.Thread(target=self._run, args=(address, port, f"titanarch/{name}"), name="watch", daemon=True)
+            self._step_path = str(Path(error_file).with_name(STEP_FILE))
+            self._step_file = os.open(self._step_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if meeting_place is not None or "TORCHELASTIC_RUN_ID" in os.environ:
+            self._thread = threading.Thread(target=self._run, args=(meeting_place, f"titanarch/{name}"), name="watch", daemon=True)
             self._thread.start()
 
     def finished(self, step: int) -> None:
@@ -128,14 +150,13 @@ class Watch:
             raise lost from error
 
     def _lost(self, error: Exception) -> LostProcessError | None:
-        if self._thread is None:
+        if self._thread is None or self.world_size == 1 or isinstance(error, LostProcessError):
             return None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error))):
             self._state = "broken"
             self._wake.set()
             self._known.wait(NAMING_SECONDS)
-            known = self._cause
-            return None if known is None or known.rank == self.rank else LostProcessError(known.text)
+            return None if self._cause is None else LostProcessError(self._cause.text)
         self._own_failure = Cause(self.rank, self._described(self.rank, self._step, f"{type(error).__name__}: {error}"))
         self._wake.set()
         self._told.wait(STORE_SECONDS)
@@ -144,24 +165,24 @@ class Watch:
     def _described(self, rank: int, step: int | None, what: str) -> str:
         return f"process {rank} of {self.world_size} (on {socket.gethostname()}) failed {after_step(step)}: {what}"
 
-    def _run(self, address: str, port: int, prefix: str) -> None:
+    def _run(self, meeting_place: tuple[str, int] | None, prefix: str) -> None:
         """The thread's life: a beat every BEAT_SECONDS, or at once when woken, until the process ends."""
-        failing_since: float | None = None
         store: Store | None = None
+        failing_since: float | None = None
         deadline: float | None = None
         while True:
             leaving = self._state == "left"
             if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
                 self._end("the launcher of this process has died")
             try:
-                if store is None:
-                    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
-                self._beat(store, prefix)
+                if meeting_place is not None:
+                    store = store or _client(*meeting_place)
+                    self._beat(store, prefix)
                 failing_since = None
             except dist.DistError as error:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > 2 * STORE_SECONDS:
-                    self._end(f"the store at {address}:{port} is gone, and so is the launcher or process that held it: {error}")
+                    self._end(f"the store at {meeting_place} is gone, and so is the launcher or process that held it: {error}")
             if leaving:
                 return
             if self._known.is_set():
@@ -174,7 +195,7 @@ class Watch:
     def _beat(self, store: Store, prefix: str) -> None:
         """Write the own beat and what is known of the run's end, read what the others know."""
         self._number += 1
-        own = Beat(self._number, self._step, socket.gethostname(), os.getpid(), self._parent, self._state)
+        own = Beat(self._number, self._step, socket.gethostname(), os.getpid(), self._parent, self._step_path, self._state)
         store.set(f"{prefix}/{self.rank}", json.dumps(asdict(own)))
         if self._own_failure is not None:
             self._publish(store, prefix, self._own_failure)
@@ -183,6 +204,7 @@ class Watch:
             self._learn(store.get(f"{prefix}/cause"))
         elif self._state != "left":
             broken = self._state == "broken"
+            self._broken_at = self._number if broken and self._broken_at is None else self._broken_at
             others = (rank for rank in range(self.world_size) if rank != self.rank)
             silent = self._silent(store, prefix, list(others) if broken else [(self.rank + 1) % self.world_size], broken)
             if silent is not None:
@@ -215,23 +237,27 @@ class Watch:
         if silent:
             self._awaken([beat for _, beat in silent])
             return self._accused(silent, "stopped answering: it was killed or hangs")
-        if broken and running and self._number - self._first_broken() >= QUICK_BEATS + 1:
+        if self._broken_at is not None and running and self._number - self._broken_at > QUICK_BEATS:
             return self._accused(running, "did not come to a collective that others waited in")
         return None
 
-    def _first_broken(self) -> int:
-        """The number of the own beat at which all others had been read for the first time."""
-        return min((number for _, number in self._seen.values()), default=self._number)
-
     def _accused(self, found: list[tuple[int, Beat]], what: str) -> Cause:
-        each = [f"process {rank} of {self.world_size} (on {beat.host}, pid {beat.pid}) {what}, {after_step(beat.step)}" for rank, beat in found]
+        each = [
+            f"process {rank} of {self.world_size} (on {beat.host}, pid {beat.pid}) {what}, {self._after_step_of(beat)}"
+            for rank, beat in found
+        ]
         more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
         return Cause(found[0][0], "; ".join(each[:4]) + more)
+
+    def _after_step_of(self, beat: Beat) -> str:
+        """The step that its process noted where this one can read it; a beat tells of some time before its last."""
+        noted = noted_step(Path(beat.step_file)) if beat.step_file and beat.is_local(self._parent) else None
+        return after_step(noted) if noted is not None else f"{after_step(beat.step)}, or a later one"
 
     def _awaken(self, beats: list[Beat]) -> None:
         """A process of this node that was stopped cannot be ended by the launcher before it goes on."""
         for beat in beats:
-            if (beat.host, beat.parent) == (socket.gethostname(), self._parent):
+            if beat.is_local(self._parent):
                 try:
                     os.kill(beat.pid, signal.SIGCONT)
                 except (ProcessLookupError, PermissionError):

@@ -3,15 +3,16 @@
 Sources, all makers' own documents; where one lists sparse rates, half of them is taken:
 NVIDIA data sheets of B200 (HGX) and GB200, H200 and H200 NVL, H100 (SXM, PCIe, NVL), GH200, A100, A30, A40, A10, L4, L40,
 L40S, T4, V100, RTX A6000 and RTX 6000 Ada; NVIDIA white papers "Ampere GA102", "Ada GPU Architecture" and
-"RTX Blackwell GPU Architecture" (GeForce: FP16 and BF16 with FP32 accumulate); Amazon's and NVIDIA's sheet of the A10G;
-AMD data sheets of MI210, MI250, MI250X, MI300X, MI325X, MI350X and MI355X. A torch device of an MI250(X) is one of its
-two dies, so half of the card's figure is listed.
+"RTX Blackwell GPU Architecture" (GeForce: FP16 and BF16 with FP32 accumulate); Amazon's and NVIDIA's sheet of the A10G.
+AMD's figures stand in ``titanarch.ops.rocm``.
 """
 
 import re
 from dataclasses import dataclass
 
 import torch
+
+from titanarch.ops.rocm import PEAK_TFLOPS
 
 TERA = 1e12
 
@@ -29,7 +30,6 @@ class Peak:
 H100_SXM = Peak(bf16=989.4, fp16=989.4, tf32=494.7, fp32=66.9)
 HOPPER_NVL = Peak(bf16=835.5, fp16=835.5, tf32=417.5, fp32=60.0)
 A100 = Peak(bf16=312.0, fp16=312.0, tf32=156.0, fp32=19.5)
-MI300 = Peak(bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4)
 
 PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"NVIDIA GB200", Peak(bf16=2500.0, fp16=2500.0, tf32=1250.0, fp32=80.0)),
@@ -56,12 +56,7 @@ PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"NVIDIA GeForce RTX 5090", Peak(bf16=209.5, fp16=209.5, tf32=104.8, fp32=104.8)),
     (r"Tesla V100-SXM2-\d+GB", Peak(bf16=None, fp16=125.0, tf32=None, fp32=15.7)),
     (r"Tesla T4", Peak(bf16=None, fp16=65.0, tf32=None, fp32=8.1)),
-    (r"AMD Instinct MI210", Peak(bf16=181.0, fp16=181.0, tf32=None, fp32=45.3)),
-    (r"AMD Instinct MI250", Peak(bf16=181.05, fp16=181.05, tf32=None, fp32=45.25)),
-    (r"AMD Instinct MI250X", Peak(bf16=191.5, fp16=191.5, tf32=None, fp32=47.85)),
-    (r"AMD Instinct MI3(00|25)X( (OAM|HF|VF))?", MI300),
-    (r"AMD Instinct MI350X", Peak(bf16=2306.9, fp16=2306.9, tf32=None, fp32=144.2)),
-    (r"AMD Instinct MI355X", Peak(bf16=2516.6, fp16=2516.6, tf32=None, fp32=157.3)),
+    *((pattern, Peak(*tflops)) for pattern, tflops in PEAK_TFLOPS.items()),
 )
 
 
