@@ -28,7 +28,8 @@ from titanarch.contract.mixer import MIXERS, SequenceMixer
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.split import ContextParallel
-from titanarch.parallel.context_parallel import apply_context_parallel, shard_sequence
+from titanarch.parallel.context_layout import ContextLayout
+from titanarch.parallel.context_parallel import apply_context_parallel
 from titanarch.parallel.tensor_parallel import apply_tensor_parallel
 from titanarch.train.check import meta_model
 from titanarch.train.run_config import RunConfig
@@ -147,21 +148,21 @@ def mixed_on_every_process(folder: str) -> list[str]:
         return mixer
 
     mesh, (x, weights) = init_device_mesh("cpu", (dist.get_world_size(),)), inputs()
-    group, seq, length = mesh.get_group(), packed_rows(), inputs()[0].shape[1]
+    group, seq = mesh.get_group(), packed_rows()
+    layout = ContextLayout(group, head_tail=False)
     expected = outcome(build(), x, seq, weights)
-    part = slice(group.rank() * length // group.size(), (group.rank() + 1) * length // group.size())
     for method in ("tensor", *(method.value for method in build().context_parallel)):
         mixer = build()
         if method == "tensor":
             apply_tensor_parallel(mixer, mesh)
             found = outcome(mixer, x, seq, weights)
         else:
-            apply_context_parallel(mixer, group, ContextParallel(method))
-            found = outcome(mixer, x[:, part], shard_sequence(seq, group), weights[:, part])
+            apply_context_parallel(mixer, layout, ContextParallel(method))
+            found = outcome(mixer, layout.own(x, 1), layout.divide(seq), layout.own(weights, 1))
         for name, value in found.items():
             whole, wanted = value.full_tensor() if isinstance(value, DTensor) else value, expected[name]
             if method != "tensor" and name in ("output", "input"):
-                wanted = wanted[:, part]
+                wanted = layout.own(wanted, 1)
             elif method != "tensor":
                 dist.all_reduce(whole)
             torch.testing.assert_close(whole, wanted, rtol=1e-10, atol=1e-12, msg=lambda text, at=(method, name): f"{at}: {text}")
