@@ -307,7 +307,7 @@ def test_one_process_that_may_start_again_has_a_launcher(clone: Clone) -> None:
 
 def test_schedulers_variables_do_not_reach_the_processes(clone: Clone) -> None:
     """The launcher starts processes of its own; what a scheduler said of its task is not theirs."""
-    tell = script(clone.root / "python", '#!/usr/bin/env bash\nenv >>"$RECORD"\n')
+    tell = script(clone.root / "python", '#!/usr/bin/env bash\ncase "$*" in "-m titanarch train "*) env >>"$RECORD" ;; esac\n')
     outer = {"RANK": "1", "SLURM_PROCID": "1", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1", "PET_NNODES": "2", "SLURM_JOB_ID": "5"}
     assert clone.run("--config", "a.toml", TITANARCH_PYTHON=str(tell), **outer).returncode == 0
     seen = {line.split("=", 1)[0] for line in clone.calls()}
@@ -385,6 +385,9 @@ def real(clone: Clone) -> Clone:
     (clone.root / "titanarch").mkdir()
     (clone.root / "titanarch/__init__.py").touch()
     (clone.root / "titanarch/__main__.py").write_text(FAKE_TITANARCH)
+    for name in ("train/__init__.py", "train/torchrun.py", "train/watch.py"):  # the launcher's own part
+        (clone.root / "titanarch" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / "titanarch" / name, clone.root / "titanarch" / name)
     clone.variables = {"TITANARCH_PYTHON": sys.executable, "PYTHONPATH": str(clone.root), "NGPU": "2"}
     return clone
 
