@@ -45,7 +45,8 @@ FIXED = (
 
 def peak_bytes(recorded: profile) -> int:
     """The most bytes that tensors allocated since the profiler started held together."""
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None, "the profiler has stopped"
+    assert recorded.profiler is not None, "the profiler has run"
+    assert recorded.profiler.kineto_results is not None, "the profiler has stopped"
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -43,7 +43,8 @@ cell is empty, below the tables: what the configuration check answers, in its wo
 What the columns do beside what their names say: TP2, CP2, FSDP2 and HSDP are degrees of tensor, context and data
 parallelism; `packing` trains on each document in a row of its own and compares with the rows that pack them;
 `resumed: A to B` makes step 1 under A, saves a checkpoint, and makes steps 2 and 3 from it under B; `accumulation` cuts a
-step into micro-batches of one row; `compile` uses {backend}, `compile, TP2` aot_eager.
+step into micro-batches of one row; `compile` uses aot_eager, which traces and divides
+a graph as inductor does, but where the name says inductor; the memory budget is inductor's too.
 
 {table}
 {n_measured} cells measured and {n_empty} empty with a reason, in {minutes:.0f} minutes on {n_processes} processes at a time;
@@ -51,7 +52,7 @@ torch {torch}, Python {python}.
 """
 
 
-def page(matrix: Matrix, *, minutes: float, n_processes: int, backend: str) -> str:
+def page(matrix: Matrix, *, minutes: float, n_processes: int) -> str:
     """docs/parity.md."""
     return PAGE.format(
         n_steps=N_STEPS,
@@ -65,7 +66,6 @@ def page(matrix: Matrix, *, minutes: float, n_processes: int, backend: str) -> s
         fp64=FP64_BOUND,
         loss8=FLOAT8_LOSS_BOUND,
         grad8=FLOAT8_BOUND,
-        backend=backend,
         table=matrix.markdown(),
         n_measured=sum(cell.difference is not None for cell in matrix.cells.values()),
         n_empty=sum(bool(cell.reason) for cell in matrix.cells.values()),
@@ -81,7 +81,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="rows to run")
     parser.add_argument("--columns", nargs="+", default=["*"], metavar="GLOB", help="columns to run")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of weights and compute")
-    parser.add_argument("--backend", default="inductor", help="of the column 'compile'; aot_eager is much faster")
     parser.add_argument("--processes", type=int, default=4, help="at most so many at a time; columns of 4 need 4")
     parser.add_argument("--out", type=Path, help="where to write the page; unset: docs/parity.md where all cells are measured in float32")
     parser.add_argument("--list", action="store_true", help="print the names of rows and columns, and end")
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> int:
     """0 where every cell is within its bound, 1 where one is not, 2 where nothing is selected."""
     args = parse(argv)
     chosen_rows = [row for row in rows() if selected(row.name, args.rows)]
-    chosen_columns = [column for column in columns(args.backend) if selected(column.name, args.columns)]
+    chosen_columns = [column for column in columns() if selected(column.name, args.columns)]
     if not chosen_rows or not chosen_columns:
         print("no row, or no column, has such a name; --list shows them", file=sys.stderr)
         return 2
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> int:
     is_whole = len(chosen_rows) == len(rows()) and len(chosen_columns) == len(columns()) and args.dtype == "float32"
     out = args.out or (ROOT / "docs" / "parity.md" if is_whole else None)
     if out is not None:
-        out.write_text(page(matrix, minutes=minutes, n_processes=args.processes, backend=args.backend), "utf-8")
+        out.write_text(page(matrix, minutes=minutes, n_processes=args.processes), "utf-8")
     failures = matrix.failures()
     print(f"{len(matrix.cells)} cells in {minutes:.1f} minutes; {len(failures)} beyond their bounds or failed", *failures, sep="\n")
     return 1 if failures else 0

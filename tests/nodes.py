@@ -11,34 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-QUICK = ("--training.mixed_precision_param=float32", "--validation.enable=false", "--evaluation.enable=false", '--metrics.sinks=["jsonl"]')
+QUICK = ("--training.mixed_precision_param=float32", "--validation.enable=false", "--evaluation.enable=false", '--metrics.sinks=["jsonl","progress"]')
 """Overrides of debug.toml for runs that are about processes: fp32, and nothing but steps."""
 
 
 @dataclass
 class Run:
-    """A launcher with its processes; ``folder`` is the run's."""
+    """A launcher and its processes; ``folder`` is the run's."""
 
     folder: Path
     process: subprocess.Popen[str]
 
-    def rows(self) -> list[dict[str, Any]]:
-        file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-
-    def losses(self) -> dict[int, float]:
-        return {row["step"]: row["loss"] for row in self.rows()}
-
     def wait_for_step(self, step: int, seconds: float = 200.0) -> None:
         """Until the row of ``step`` is written; fails with the output where the run ends before."""
         deadline = time.monotonic() + seconds
-        while not any(row["step"] >= step for row in self.rows()):
+        while max(losses_in(self.folder), default=0) < step:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 pytest.fail(f"step {step} was not reached; status {self.process.returncode}\n{''.join(self.process.communicate())}")
@@ -56,6 +48,13 @@ class Run:
         """Status, stdout and stderr, once it has ended."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
+
+
+def losses_in(folder: Path) -> dict[int, float]:
+    """The losses that the run in ``folder`` has logged so far, by step."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def processes_of(folder: Path) -> dict[int, dict[str, str]]:

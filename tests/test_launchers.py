@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import QUICK, REPOSITORY, Run, environment
+from tests.nodes import QUICK, REPOSITORY, environment, losses_in
 from titanarch.config.errors import ConfigError
 from titanarch.train.launchers import FIRST_PORT, N_PORTS, Place, find_place, first_host
 
@@ -166,7 +166,6 @@ def test_two_processes_of_another_launcher_train(tmp_path: Path, launcher: objec
         )
     outputs = [process.communicate(timeout=250) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    run = Run(tmp_path / "run", processes[0])
-    assert sorted(run.losses()) == [1, 2]
+    assert sorted(losses_in(tmp_path / "run")) == [1, 2]
     assert '"n_processes": 2' in (tmp_path / "run/result.json").read_text()
     assert outputs[1][0] == "", "only process 0 shows the result"

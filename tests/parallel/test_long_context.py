@@ -16,8 +16,8 @@ from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
-T, VOCAB = 2048, 64
-MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "position": {"relative": "linear_cpb"}, "channel": {"kind": "mlp", "activation": "gelu"}}
+T, VOCAB = 1024, 64
+MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "position": {"relative": "alibi"}, "channel": {"kind": "mlp", "activation": "gelu"}}
 
 
 def kept_bytes(parallelism: dict[str, Any]) -> tuple[int, float]:

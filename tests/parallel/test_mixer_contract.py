@@ -52,10 +52,11 @@ CASES_OF_TWO = (
     + [(name, "state") for name in MIXERS if "ssm" in name]
 )
 # Head-tail parts are of two tokens, as far as the toy SSM looks back.
-CASES_OF_FOUR = (
-    [(name, method) for name in ATTENTION for method in ("ring", "head_tail ring")]
-    + [("gqa_everything", "head_tail gather"), ("mqa", "head_tail heads"), ("toy_ssm_four_heads", "state")]
-)
+CASES_OF_FOUR = [(name, method) for name in ATTENTION for method in ("ring", "head_tail ring")] + [
+    ("gqa_everything", "head_tail gather"),
+    ("mqa", "head_tail heads"),
+    ("toy_ssm_four_heads", "state"),
+]
 
 
 def build(name: str) -> SequenceMixer:

@@ -79,7 +79,8 @@ def in_bfloat16(layout: ContextLayout | None) -> Tensor:
         return mixer.mix_step(mixer, {n: x.bfloat16() for n, x in streams().items()}, {}, MixSequence(seq, seq)).y_BTHV
     apply_context_parallel(mixer, layout, ContextParallel.RING)
     own = layout.divide(seq)
-    return whole(mixer.mix_step(mixer, {n: layout.own(x.bfloat16(), 1) for n, x in streams().items()}, {}, MixSequence(own, own)).y_BTHV, layout)
+    own_streams = {n: layout.own(x.bfloat16(), 1) for n, x in streams().items()}
+    return whole(mixer.mix_step(mixer, own_streams, {}, MixSequence(own, own)).y_BTHV, layout)
 
 
 def kept_bytes(layout: ContextLayout) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 FP32_BOUND = 1e-5
@@ -24,7 +25,8 @@ class Compared(Enum):
 class Column:
     """``keys``: of the configuration, dotted, beside those of a row. ``resumed_keys``: those after a checkpoint.
 
-    ``loss_bound``, ``gradient_bound``: in fp32, where they are wider than FP32_BOUND.
+    ``rows``: globs of the rows that it is run for. ``loss_bound``, ``gradient_bound``: in fp32, where they are wider than
+    FP32_BOUND.
     """
 
     name: str
@@ -33,8 +35,15 @@ class Column:
     keys: Mapping[str, Any]
     compared: Compared = Compared.SAME_ROWS
     resumed_keys: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[str, ...] = ("*",)
     loss_bound: float = FP32_BOUND
     gradient_bound: float = FP32_BOUND
+
+    def reason(self, row: str) -> str | None:
+        """Why it is not run for a row."""
+        if any(fnmatchcase(row, pattern) for pattern in self.rows):
+            return None
+        return "compiling is slow, so this column is run for some rows alone; the column 'compile' traces all of them"
 
     @property
     def compiles(self) -> bool:
@@ -49,15 +58,20 @@ REFERENCE = Column("1 process", "", 1, {})
 
 TP2, CP2 = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
 METHOD, BALANCE = "parallelism.context_parallel_method", "parallelism.context_parallel_load_balance"
-COMPILE = {"compile.enable": True}
 AC = "activation_checkpoint.mode"
+COMPILE = {"compile.enable": True, "compile.backend": "aot_eager"}
+INDUCTOR = {"compile.enable": True, "compile.backend": "inductor"}
 FLOAT8 = "quantize.linear.float8"
+COMPILED_ROWS = (
+    *("absolute none", "relative linear_cpb", "relative rotary", "relative t5", "GQA*", "sinks", "window of 8"),
+    *("value residual, learned", "NoPE*", "norm layernorm", "residual sandwich", "channel mlp", "mixer *", "everything*", "dropout*"),
+)
+"""One of each kind of graph."""
 
 
-def columns(backend: str = "inductor") -> list[Column]:
-    """All columns. ``backend``: of compile on one process; compile + TP uses ``aot_eager``, which traces alike."""
-    compiled = {**COMPILE, "compile.backend": backend}
-    traced = {**COMPILE, "compile.backend": "aot_eager"}
+def columns() -> list[Column]:
+    """All columns. ``aot_eager`` traces and divides a graph as ``inductor`` does, and then runs torch's own kernels."""
+    budget = {**INDUCTOR, AC: "memory_budget", "activation_checkpoint.memory_budget": 0.5}
     data, tensor, context, technique = "Data parallelism", "Tensor parallelism", "Context parallelism", "Techniques"
     no_sequence_parallelism = {**TP2, "parallelism.enable_sequence_parallel": False}
     return [
@@ -72,7 +86,7 @@ def columns(backend: str = "inductor") -> list[Column]:
         Column("TP2, no sequence parallelism", tensor, 2, no_sequence_parallelism),
         Column("TP2, no loss parallelism", tensor, 2, {**TP2, "parallelism.enable_loss_parallel": False}),
         Column("TP2 x CP2", tensor, 4, {**TP2, **CP2}),
-        Column("compile, TP2", tensor, 2, {**TP2, **traced}),
+        Column("compile, TP2", tensor, 2, {**TP2, **COMPILE}),
         Column("CP2 gather", context, 2, {**CP2, METHOD: "gather"}),
         Column("CP2 gather, contiguous", context, 2, {**CP2, METHOD: "gather", BALANCE: "contiguous"}),
         Column("CP2 heads", context, 2, {**CP2, METHOD: "heads"}),
@@ -82,8 +96,10 @@ def columns(backend: str = "inductor") -> list[Column]:
         Column("AC full", technique, 1, {AC: "full"}),
         Column("AC full, TP2 x CP2", technique, 4, {**TP2, **CP2, AC: "full"}),
         Column("AC selective", technique, 1, {AC: "selective"}),
-        Column("AC memory budget", technique, 1, {**COMPILE, AC: "memory_budget", "activation_checkpoint.memory_budget": 0.5}),
-        Column("compile", technique, 1, compiled),
+        Column("AC memory budget", technique, 1, budget, rows=COMPILED_ROWS),
+        Column("compile", technique, 1, COMPILE),
+        Column("compile, inductor", technique, 1, INDUCTOR, rows=COMPILED_ROWS),
+        Column("compile, AC selective, CP2", technique, 2, {**COMPILE, **CP2, AC: "selective"}, rows=COMPILED_ROWS),
         Column("float8 emulated", technique, 1, {f"{FLOAT8}.enable": True}, loss_bound=FLOAT8_LOSS_BOUND, gradient_bound=FLOAT8_BOUND),
         Column("packing", technique, 1, {}, Compared.ALONE),
     ]

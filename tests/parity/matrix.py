@@ -99,7 +99,7 @@ class Matrix:
             for column in self.columns:
                 if self.wanted is not None and not self.wanted(row, column):
                     continue
-                reason = row.reason(column.name)
+                reason = row.reason(column.name) or column.reason(row.name)
                 if reason is None:
                     tasks.append(Task(row, column, self.dtype))
                 else:

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Literal
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch._C._distributed_c10d import FileStore
@@ -117,6 +118,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch._inductor.config.compile_threads = 1  # in this process: a cell that is ended must leave no compiler behind
     timeout = timedelta(seconds=CELL_SECONDS)
     dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
     while True:

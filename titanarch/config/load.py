@@ -85,7 +85,8 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[S]) -> 
 
 def load_overrides(overrides: Sequence[str], schema: type[S]) -> S:
     """What the command line alone says of a configuration, without a file; ConfigError as from ``load_config``."""
-    tree = reduce(lambda base, over: merge(base, over, (schema,)), override_trees(overrides), grow({}, lambda _: Origin(COMMAND_LINE, None)))
+    nothing = grow({}, lambda _: Origin(COMMAND_LINE, None))
+    tree = reduce(lambda base, over: merge(base, over, (schema,)), override_trees(overrides), nothing)
     try:
         return schema.model_validate(tree.plain())
     except ValidationError as error:

@@ -44,14 +44,18 @@ def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *
         elif reasons:
             notes.append(f"{type(mixer).__qualname__}: context parallelism by {method.value if method else '-'}, as {'; '.join(reasons)}")
         methods.append(method)
-    head_tail = False
+    head_tail, wanted = False, config.context_parallel_load_balance
     used = {method for method in methods if method is not None}
     if degrees.cp > 1 and used:
         try:
-            head_tail = uses_head_tail(used, config.context_parallel_load_balance)
+            head_tail = uses_head_tail(used, wanted)
         except ValueError as error:
             problems.append(Problem(f"head_tail: {error}; use 'auto'", "parallelism.context_parallel_load_balance"))
-    problems += _length_problems(config, degrees, seq_len, head_tail=head_tail)
+    too_short = _length_problems(config, degrees, seq_len, head_tail=head_tail)
+    if too_short and head_tail and wanted == "auto" and not _length_problems(config, degrees, seq_len, head_tail=False):
+        notes.append(f"rows are divided contiguously: {seq_len} tokens do not make two equal parts for each process")
+        head_tail, too_short = False, []
+    problems += too_short
     if problems:
         raise ConfigError(*_unique(problems))
     return Division(tuple(methods), head_tail, tuple(dict.fromkeys(notes)))

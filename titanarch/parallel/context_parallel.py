@@ -109,10 +109,11 @@ class RingMix(ContextMix):
 
     def __call__(self, mixer: SequenceMixer, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> MixResult:
         declared = mixer.declared_streams
-        names = tuple(tuple(name for name in streams if declared[name].side is side) for side in (Side.QUERY, Side.KEY))
-        mix = _MixOfPart(self.layout, mixer, self.inner, replace(seq, key=undivided(seq.key)), *names, tuple(head_params))
-        queries, keys = ([streams[name] for name in some] for some in names)
-        return MixResult(mix_in_ring(self.layout, mix, queries, keys, list(head_params.values())))
+        queries = tuple(name for name in streams if declared[name].side is Side.QUERY)
+        keys = tuple(name for name in streams if declared[name].side is Side.KEY)
+        mix = _MixOfPart(self.layout, mixer, self.inner, replace(seq, key=undivided(seq.key)), queries, keys, tuple(head_params))
+        query_streams, key_streams = [streams[name] for name in queries], [streams[name] for name in keys]
+        return MixResult(mix_in_ring(self.layout, mix, query_streams, key_streams, list(head_params.values())))
 
 
 @dataclass(frozen=True)

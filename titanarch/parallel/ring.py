@@ -120,7 +120,7 @@ class _Ring(torch.autograd.Function):
         return y_BTHV
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, y_BTHV, lse_BTH = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
