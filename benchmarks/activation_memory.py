@@ -34,8 +34,10 @@ MODES: dict[str, dict[str, Any]] = {
 
 def held_bytes(recorded: profile) -> tuple[int, int]:
     """Bytes that tensors allocated since the profiler started hold at its end, and the most that they held."""
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None, "the profiler has stopped"
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert recorded.profiler is not None, "the profiler has stopped"
+    results = recorded.profiler.kineto_results
+    assert results is not None, "the profiler has stopped"
+    events = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -56,8 +58,10 @@ def measure(table: dict[str, Any], tokens: int, checkpointing: dict[str, Any]) -
     model = Decoder(config, 8, tokens)
     model.reset_parameters(Init(config.init, names=qualified_names(model), seed=0, n_layers=config.n_layers))
     apply_activation_checkpoint(model, ActivationCheckpointConfig.model_validate(checkpointing))
-    x_BTD = torch.randn(1, tokens, config.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    seq, upstream = SequenceInfo.whole(1, tokens, seed=0), torch.randn(1, tokens, config.d_model)
+    generator = torch.Generator().manual_seed(0)
+    x_BTD, upstream = (torch.randn(1, tokens, config.d_model, generator=generator) for _ in range(2))
+    x_BTD.requires_grad_()
+    seq = SequenceInfo.whole(1, tokens, seed=0)
     # Once unmeasured: tensors that torch allocates for good on its first use are not activations.
     through_blocks(model, x_BTD, seq).backward(upstream)
     model.zero_grad()

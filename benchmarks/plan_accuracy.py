@@ -71,7 +71,8 @@ def configuration(layout: str, folder: Path) -> RunConfig:
 def allocator_peak(profiled: profile) -> int:
     """Bytes: the most that was allocated at once, of what was allocated under the profiler."""
     alive = peak = 0
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None, "it has run"
+    assert profiled.profiler is not None, "it has run"
+    assert profiled.profiler.kineto_results is not None, "it has ended"
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             alive += event.nbytes()
@@ -127,8 +128,7 @@ def compare(layout: str) -> dict[str, Any]:
         context = multiprocessing.get_context("spawn")
         reader, writer = context.Pipe(duplex=False)
         ranks = [
-            context.Process(target=_rank, args=(rank, str(Path(folder, "store")), config, vocab_size, writer))
-            for rank in range(WORLD_SIZE)
+            context.Process(target=_rank, args=(rank, str(Path(folder, "store")), config, vocab_size, writer)) for rank in range(WORLD_SIZE)
         ]
         for process in ranks:
             process.start()

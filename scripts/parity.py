@@ -47,8 +47,8 @@ step into micro-batches of one row; `compile` uses aot_eager, which traces and d
 a graph as inductor does, but where the name says inductor; the memory budget is inductor's too.
 
 {table}
-{n_measured} cells measured and {n_empty} empty with a reason, in {minutes:.0f} minutes on {n_processes} processes at a time;
-torch {torch}, Python {python}.
+{n_measured} cells measured and {n_empty} empty with a reason, in {minutes:.0f} minutes on {n_processes} processes at a time,
+{processor_minutes:.0f} minutes of processor time; torch {torch}, Python {python}.
 """
 
 
@@ -70,6 +70,7 @@ def page(matrix: Matrix, *, minutes: float, n_processes: int) -> str:
         n_measured=sum(cell.difference is not None for cell in matrix.cells.values()),
         n_empty=sum(bool(cell.reason) for cell in matrix.cells.values()),
         minutes=minutes,
+        processor_minutes=matrix.processor_seconds / 60,
         n_processes=n_processes,
         torch=torch.__version__.split("+")[0],
         python=platform.python_version(),
@@ -107,7 +108,8 @@ def main(argv: list[str]) -> int:
     if out is not None:
         out.write_text(page(matrix, minutes=minutes, n_processes=args.processes), "utf-8")
     failures = matrix.failures()
-    print(f"{len(matrix.cells)} cells in {minutes:.1f} minutes; {len(failures)} beyond their bounds or failed", *failures, sep="\n")
+    spent = f"{minutes:.1f} minutes, {matrix.processor_seconds / 60:.1f} of processor time"
+    print(f"{len(matrix.cells)} cells in {spent}; {len(failures)} beyond their bounds or failed", *failures, sep="\n")
     return 1 if failures else 0
 
 

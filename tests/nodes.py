@@ -16,7 +16,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-QUICK = ("--training.mixed_precision_param=float32", "--validation.enable=false", "--evaluation.enable=false", '--metrics.sinks=["jsonl","progress"]')
+QUICK = (
+    "--training.mixed_precision_param=float32",
+    "--validation.enable=false",
+    "--evaluation.enable=false",
+    '--metrics.sinks=["jsonl","progress"]',
+)
 """Overrides of debug.toml for runs that are about processes: fp32, and nothing but steps."""
 
 

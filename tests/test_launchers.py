@@ -11,6 +11,7 @@ import pytest
 from tests.nodes import QUICK, REPOSITORY, environment, losses_in
 from titanarch.config.errors import ConfigError
 from titanarch.train.launchers import FIRST_PORT, N_PORTS, Place, find_place, first_host
+from titanarch.train.processes import _gpu
 
 MEETING = {"MASTER_ADDR": "10.0.0.3", "MASTER_PORT": "29501"}
 
@@ -169,3 +170,21 @@ def test_two_processes_of_another_launcher_train(tmp_path: Path, launcher: objec
     assert sorted(losses_in(tmp_path / "run")) == [1, 2]
     assert '"n_processes": 2' in (tmp_path / "run/result.json").read_text()
     assert outputs[1][0] == "", "only process 0 shows the result"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "n_gpus", "under_torchrun", "gpu"),
+    [(0, 8, True, 0), (5, 8, True, 5), (5, 1, False, 0), (5, 1, True, None), (8, 8, False, None)],
+)
+def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch, local_rank: int, n_gpus: int, under_torchrun: bool, gpu: int | None) -> None:
+    """Schedulers may show each process only its own GPU; torchrun shows all."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    place = Place("the launcher", 5, 16, local_rank, "10.0.0.3", 29501)
+    if gpu is None:
+        with pytest.raises(ConfigError, match=rf"process {local_rank} of this node has no GPU: there are {n_gpus}; start as many"):
+            _gpu(place, n_gpus)
+    else:
+        assert _gpu(place, n_gpus) == gpu
+        assert _gpu(None, n_gpus) == 0

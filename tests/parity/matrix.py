@@ -16,7 +16,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Cell:
-    """``difference``: from one process. ``reason``: why there is none. ``failure``: what broke."""
+    """``difference``: from one process. ``reason``: why there is none. ``failure``: what broke. ``seconds``: of processors."""
 
     difference: Difference | None = None
     reason: str = ""
@@ -63,14 +63,16 @@ class Matrix:
     dtype: str = "float32"
     wanted: Callable[[Row, Column], bool] | None = None
     cells: dict[Key, Cell] = field(default_factory=dict)
+    processor_seconds: float = 0.0
 
     def measure(self, *, n_processes: int = 4, say: Callable[[str], None] = print) -> None:
         """Run every cell on at most ``n_processes`` processes; ``say`` gets a line a cell."""
         references = _References(self.dtype)
-        waiting: list[tuple[Task, Outcome, float]] = []
+        waiting: list[tuple[Task, Reply]] = []
 
-        def report(task: Task, reply: Reply, seconds: float) -> None:
-            row, column = task.row.name, task.column
+        def report(task: Task, reply: Reply) -> None:
+            row, column, seconds = task.row.name, task.column, reply.processor_seconds
+            self.processor_seconds += seconds
             is_reference = column.name == REFERENCE.name
             if reply.outcome is None:
                 refused = reply.state == "refused" and not is_reference
@@ -79,18 +81,18 @@ class Matrix:
             elif is_reference:
                 references.add(task, reply.outcome)
             else:
-                waiting.append((task, reply.outcome, seconds))
-            for item in [item for item in waiting if references.has(item[0].row.name)]:
-                waiting.remove(item)
-                done, outcome, spent = item
-                found = difference(outcome, *references.of(done.row.name))
-                self.cells[done.row.name, done.column.name] = Cell(found, seconds=spent)
+                waiting.append((task, reply))
+            for done, its in [item for item in waiting if references.has(item[0].row.name)]:
+                waiting.remove((done, its))
+                assert its.outcome is not None, "only what ran waits"
+                found = difference(its.outcome, *references.of(done.row.name))
+                self.cells[done.row.name, done.column.name] = Cell(found, seconds=its.processor_seconds)
                 say(self.line(done.row.name, done.column))
 
         run_cells([*references.tasks(self.rows), *self._tasks()], n_processes=n_processes, report=report)
-        for task, _, seconds in waiting:
+        for task, _ in waiting:
             failure = "one process failed, so there is nothing to compare with"
-            self.cells[task.row.name, task.column.name] = Cell(failure=failure, seconds=seconds)
+            self.cells[task.row.name, task.column.name] = Cell(failure=failure)
 
     def _tasks(self) -> list[Task]:
         """The cells to run; the others get their reason."""

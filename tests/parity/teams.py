@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -33,11 +33,15 @@ CELL_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Reply:
-    """``outcome``: of a cell that ran. ``text``: why it was refused, or the traceback of what failed."""
+    """``outcome``: of a cell that ran. ``text``: why it was refused, or the traceback of what failed.
+
+    ``processor_seconds``: spent by all processes of the cell, which other work on the machine does not change.
+    """
 
     state: Literal["ran", "refused", "failed"]
     outcome: Outcome | None = None
     text: str = ""
+    processor_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Team:
 
     def _reply(self) -> Reply:
         """That of process 0, or of the first that failed."""
-        waiting, first = dict(enumerate(self._pipes)), Reply("failed")
+        waiting, first, spent = dict(enumerate(self._pipes)), Reply("failed"), 0.0
         deadline = time.monotonic() + CELL_SECONDS
         while waiting:
             ready = connection.wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
@@ -108,9 +112,9 @@ class Team:
                         reply = Reply("failed", text="it died without a word")
                     if reply.state == "failed":
                         return Reply("failed", text=f"process {rank}: {reply.text}")
-                    first = reply if rank == 0 else first
+                    first, spent = reply if rank == 0 else first, spent + reply.processor_seconds
                     del waiting[rank]
-        return first
+        return replace(first, processor_seconds=spent)
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
@@ -126,13 +130,14 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             row, column, dtype = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        started = time.process_time()
         try:
             reply = Reply("ran", run_trial(row, column, dtype))
         except (ConfigError, ValidationError) as error:
             reply = Reply("refused", text=_refusal(error))
         except Exception:
             reply = Reply("failed", text=traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(reply))
+        pipe.send_bytes(pickle.dumps(replace(reply, processor_seconds=time.process_time() - started)))
 
 
 def _refusal(error: ConfigError | ValidationError) -> str:
@@ -141,10 +146,10 @@ def _refusal(error: ConfigError | ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
-def run_cells(cells: Sequence[Task], *, n_processes: int, report: Callable[[Task, Reply, float], None]) -> None:
+def run_cells(cells: Sequence[Task], *, n_processes: int, report: Callable[[Task, Reply], None]) -> None:
     """Run all cells, those of one process first, on at most ``n_processes`` processes at a time.
 
-    ``report`` is called with each reply and the seconds it took, from one thread at a time.
+    ``report`` is called with each reply, from one thread at a time.
     """
     lock = threading.Lock()
 
@@ -153,10 +158,9 @@ def run_cells(cells: Sequence[Task], *, n_processes: int, report: Callable[[Task
         try:
             while True:
                 task = todo.get_nowait()
-                started = time.monotonic()
                 reply = team.run(task.row, task.column)
                 with lock:
-                    report(task, reply, time.monotonic() - started)
+                    report(task, reply)
         except Empty:
             return
         finally:

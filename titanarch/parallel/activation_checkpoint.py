@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanarch.contract.mixer import LocalMixer
 from titanarch.contract.model import Model
@@ -54,9 +54,9 @@ def apply_activation_checkpoint(model: Model, config: ActivationCheckpointConfig
     budget = config.memory_budget if config.mode == "memory_budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget
     selects_operators = config.mode == "selective" and config.selective_ac_option == "op"
-    contexts = partial(create_selective_checkpoint_contexts, kept_or_recomputed) if selects_operators else noop_context_fn
+    recompute = _recompute_some if selects_operators else _recompute_all
     for block in recomputed_blocks(model, config):
-        block.forward = _checkpointed(block.forward, contexts, preserve_rng_state=_draws_globally(block))
+        block.forward = recompute(block.forward, preserve_rng_state=_draws_globally(block))
 
 
 def recomputed_blocks(model: Model, config: ActivationCheckpointConfig) -> Iterator[nn.Module]:
@@ -76,7 +76,19 @@ def kept_or_recomputed(_context: Any, operator: Any, *_arguments: Any, **_option
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _checkpointed(forward: Forward, contexts: Callable[[], Any], *, preserve_rng_state: bool) -> Forward:
+# Two functions, because torch.compile must see at once whether there is a context_fn.
+
+
+def _recompute_all(forward: Forward, *, preserve_rng_state: bool) -> Forward:
+    def run(*arguments: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    return run
+
+
+def _recompute_some(forward: Forward, *, preserve_rng_state: bool) -> Forward:
+    contexts = partial(create_selective_checkpoint_contexts, kept_or_recomputed)
+
     def run(*arguments: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=preserve_rng_state, context_fn=contexts)
 

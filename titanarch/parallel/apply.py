@@ -10,7 +10,7 @@ from titanarch.contract.mixer import BaseMixer, SequenceMixer
 from titanarch.contract.model import Model
 from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanarch.parallel.check import Division
-from titanarch.parallel.compile import apply_compile
+from titanarch.parallel.compile import apply_compile, gather_before_graphs
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.context_parallel import apply_context_parallel
@@ -60,6 +60,8 @@ def parallelize(
     if compile_config.enable:
         apply_compile(model, compile_config)
     apply_fsdp(model, mesh.fsdp, parallelism, param_dtype, reduce_dtype)
+    if compile_config.enable:
+        gather_before_graphs(model)
     if float8 is not None and float8.enable and float8.enable_fsdp_float8_all_gather and float8.precompute_float8_dynamic_scale_for_fsdp:
         precompute_scales(model, float8, mesh.weights["dp_shard_cp"].get_group())
     if degrees.cp > 1 or degrees.tp > 1:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch.distributed.fsdp import FSDPModule
 
 from titanarch.contract.model import Model
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.parallel.config import CompileConfig
+from titanarch.parallel.torch_names import remove_forward_hooks
 
 GRAPHS_A_BLOCK = 4
 """Variants of a block's graph that torch may compile before it gives up; a run needs one."""
@@ -33,17 +35,35 @@ def apply_compile(model: Model, config: CompileConfig) -> None:
         block.forward = CompiledInTraining(block.forward, config)
 
 
+def gather_before_graphs(model: Model) -> None:
+    """Let FSDP units inside compiled blocks be gathered before a block's graph, which cannot hold FSDP's hooks. After FSDP.
+
+    They are the parts that stay fp32, so they exist in low precision only. Nothing else changes for them: they are
+    resharded and their gradients reduced at the end of the backward.
+    """
+    for block in model.blocks():
+        compiled = block.forward
+        assert isinstance(compiled, CompiledInTraining), "apply_compile comes first"
+        for module in block.modules():
+            if isinstance(module, FSDPModule) and module is not block:
+                remove_forward_hooks(module)
+                compiled.gathered.append(module)
+
+
 class CompiledInTraining:
     """``forward`` as one graph where gradients are recorded, as it is where they are not.
 
-    Evaluation has rows of many lengths and numbers, each of which would be compiled.
+    Evaluation has rows of many lengths and numbers, each of which would be compiled. ``gathered``: FSDP units inside.
     """
 
     def __init__(self, forward: Callable[..., Any], config: CompileConfig) -> None:
         self.forward = forward
+        self.gathered: list[FSDPModule] = []
         self.compiled = torch.compile(forward, backend=config.backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *arguments: Any) -> Any:
+        for unit in self.gathered:
+            unit.unshard()
         if not torch.is_grad_enabled():
             return self.forward(*arguments)
         return self.compiled(*(as_packed(x) if isinstance(x, SequenceInfo) else x for x in arguments))

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed._functional_collectives as funcol
+from torch.distributed.fsdp import FSDPModule
 
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -11,3 +12,10 @@ if _TORCH >= (2, 13):
 else:
     all_gather = funcol.all_gather_tensor
     reduce_scatter = funcol.reduce_scatter_tensor
+
+
+def remove_forward_hooks(unit: FSDPModule) -> None:
+    """Make an FSDP unit's forward an ordinary one: somebody else calls its ``unshard`` before."""
+    state = unit._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()

@@ -6,24 +6,32 @@ reduce-scatter and an all-to-all, twice that for an all-reduce (a reduce-scatter
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
 
 SEND = "send"
+_FUNCTIONAL = "_c10d_functional::"
+
+
+class Group(NamedTuple):
+    """``name`` of the process group. ``functional``: called as a function of tensors, as tensor and context parallelism do.
+
+    Two axes with the same processes may share a group: then this tells them from FSDP2, whose collectives write to buffers.
+    """
+
+    name: str
+    functional: bool
 
 
 @dataclass(frozen=True)
 class Collective:
-    """``kind``: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, send. ``group``: the group's name.
-
-    ``sent_bytes``: by this process, see the module.
-    """
+    """``kind``: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, send. ``sent_bytes``: by this process, see the module."""
 
     kind: str
-    group: str
+    group: "Group"
     sent_bytes: float
 
 
@@ -74,7 +82,7 @@ def collective_of(name: str, args: tuple[Any, ...]) -> Collective | None:
         rows = args[_SPLITS_OF_INPUT[name]] if name in _SPLITS_OF_INPUT else None
         if rows and sum(rows):
             sent = whole * (sum(rows) - rows[group.rank()]) / sum(rows)
-    return Collective(form.kind, group.group_name, sent)
+    return Collective(form.kind, Group(group.group_name, name.startswith(_FUNCTIONAL)), sent)
 
 
 def _bytes(tensors: Any) -> int:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titanarch.plan.collectives import Collective, collective_of, name_of
+from titanarch.plan.collectives import Collective, Group, collective_of, name_of
 
 PARAMETERS = "parameters"
 GRADIENTS = "gradients"
@@ -65,9 +65,9 @@ class Ledger(TorchDispatchMode):
     fake: Any = None
     phase: str = "step"
     scope: str = ""
-    sent: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """Bytes sent by (scope, group's name, kind)."""
-    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    sent: Counter[tuple[str, Group, str]] = field(default_factory=Counter)
+    """Bytes sent by (scope, group, kind)."""
+    calls: Counter[tuple[str, Group, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ class Ledger(TorchDispatchMode):
             self._see(local)
             self._storages[self._numbers[local.untyped_storage()._cdata]].category = category
 
-    def mark_survivors(self, born: str, category: str) -> None:
-        """Say what everything is that is alive now and was ``born`` then."""
+    def mark_survivors(self, category: str) -> None:
+        """Say what everything is that was born in a step's forward or backward and is alive now."""
         for number in self._numbers.values():
             storage = self._storages[number]
-            if storage.born == born and storage.n_bytes:
+            if storage.n_bytes and (storage.born == "backward" or (storage.born == "forward" and storage.category == ACTIVATIONS)):
                 storage.category = category
 
     def peak(self) -> Peak:

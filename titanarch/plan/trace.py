@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanarch.data.batch import Batch, Windows, make_batch
 from titanarch.parallel.mesh import Mesh
+from titanarch.plan.collectives import Group
 from titanarch.plan.formulas import formula_bytes
 from titanarch.plan.ledger import ACTIVATIONS, GATHERED, GRADIENTS, OPTIMIZER, OTHER, PARAMETERS, Ledger, Peak
 from titanarch.plan.routes import routes_of
@@ -149,7 +150,7 @@ class _WatchedClipper(GradientClipper):
         self.ledger = ledger
 
     def clip(self, divide_by: float = 1.0) -> Tensor:
-        self.ledger.mark_survivors("backward", GRADIENTS)
+        self.ledger.mark_survivors(GRADIENTS)
         self.ledger.scope, self.ledger.phase = UPDATE, "optimizer"
         return super().clip(divide_by)
 
@@ -186,13 +187,16 @@ def _states(optimizers: Optimizers) -> Iterator[Tensor]:
 
 
 def _watch_micro_batches(built: LaidOut, ledger: Ledger, n_batches: int) -> None:
-    """Count collectives by micro-batch; what one backward leaves for the next is gradients."""
+    """Count collectives by micro-batch; what one micro-batch leaves for the next is gradients.
+
+    The loss makes those of the head in its forward.
+    """
     number = 0
 
     def before_forward(*_: object) -> None:
         nonlocal number
         number += 1
-        ledger.mark_survivors("backward", GRADIENTS)
+        ledger.mark_survivors(GRADIENTS)
         ledger.scope = LAST if number == n_batches else FIRST
 
     built.model.register_forward_pre_hook(before_forward, prepend=True)
@@ -216,12 +220,15 @@ def _state_bytes(built: LaidOut, optimizers: Optimizers) -> dict[str, int]:
     return {PARAMETERS: parameters, GRADIENTS: parameters, OPTIMIZER: n_bytes(_states(optimizers))}
 
 
-def axis_names(mesh: Mesh) -> Mapping[str, str]:
-    """The axis of each process group, by the group's name."""
-    axes = {mesh.rows["dp"].get_group().group_name: "dp", mesh.rows["cp"].get_group().group_name: "cp"}
-    for axis in ("dp_replicate", "dp_shard_cp", "tp"):
-        axes[mesh.weights[axis].get_group().group_name] = axis
-    axes[mesh.rows["tp"].get_group().group_name] = "tp"
+def axis_names(mesh: Mesh) -> Mapping[Group, str]:
+    """The axis of each group of processes."""
+    axes = {}
+    for functional in (False, True):
+        by_rows = {mesh.rows[axis].get_group().group_name: axis for axis in ("dp", "cp", "tp")}
+        by_weights = {mesh.weights[axis].get_group().group_name: axis for axis in ("dp_replicate", "dp_shard_cp", "tp")}
+        # Where groups are shared, what a function of tensors sends is the model's, and the rest is FSDP2's.
+        names = {**by_weights, **by_rows} if functional else {**by_rows, **by_weights}
+        axes.update({Group(name, functional): axis for name, axis in names.items()})
     return axes
 
 

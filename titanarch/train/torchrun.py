@@ -34,9 +34,9 @@ class Failed:
 
     @property
     def error(self) -> str | None:
-        """What it raised, without the traceback; None where it raised nothing that was recorded."""
+        """The first line of what it raised; None where it raised nothing that was recorded."""
         message = self.failure.error_file_data.get("message")
-        return str(message["message"]) if isinstance(message, Mapping) else None
+        return str(message["message"]).splitlines()[0] if isinstance(message, Mapping) else None
 
     @property
     def is_consequence(self) -> bool:

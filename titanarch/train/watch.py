@@ -26,8 +26,8 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 BEAT_SECONDS = 2.0
-SILENT_BEATS = 10
-"""Beats of one's own during which the next process's does not change before it is taken for dead: 20 s."""
+SILENT_BEATS = 15
+"""Beats of one's own during which the next process's does not change before it is taken for dead: 30 s."""
 QUICK_BEATS = 3
 """The same once a collective has failed: 6 s."""
 NAMING_SECONDS = 12.0
@@ -84,6 +84,15 @@ def after_step(step: int | None) -> str:
 def _client(address: str, port: int) -> TCPStore:
     """A connection of the thread's own: one that waits for another process holds up everybody else on it."""
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
+
+
+def _is_of_collective(error: BaseException | None) -> bool:
+    """Whether ``error`` is, or comes of, a collective that failed."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error))):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Watch:
@@ -152,18 +161,17 @@ class Watch:
     def _lost(self, error: Exception) -> LostProcessError | None:
         if self._thread is None or self.world_size == 1 or isinstance(error, LostProcessError):
             return None
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error))):
+        if _is_of_collective(error):
             self._state = "broken"
             self._wake.set()
             self._known.wait(NAMING_SECONDS)
             return None if self._cause is None else LostProcessError(self._cause.text)
-        self._own_failure = Cause(self.rank, self._described(self.rank, self._step, f"{type(error).__name__}: {error}"))
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        who = f"process {self.rank} of {self.world_size} (on {socket.gethostname()})"
+        self._own_failure = Cause(self.rank, f"{who} failed: {first_line}, {after_step(self._step)}")
         self._wake.set()
         self._told.wait(STORE_SECONDS)
         return None
-
-    def _described(self, rank: int, step: int | None, what: str) -> str:
-        return f"process {rank} of {self.world_size} (on {socket.gethostname()}) failed {after_step(step)}: {what}"
 
     def _run(self, meeting_place: tuple[str, int] | None, prefix: str) -> None:
         """The thread's life: a beat every BEAT_SECONDS, or at once when woken, until the process ends."""

@@ -1,0 +1,86 @@
+"""The launcher's last words: who is named of several that failed, and what is said."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from titanarch.train.torchrun import LATER_SECONDS, Failed, by_blame, folders, last_words
+
+
+def failed(tmp_path: Path, rank: int, code: int, *, error: str = "", at: int = 1000, step: int | None = None) -> Failed:
+    """Process ``rank`` that ended with ``code``, after it raised ``error``."""
+    folder = tmp_path / "none_x/attempt_0" / str(rank)
+    folder.mkdir(parents=True)
+    if error:
+        message = {"message": error, "extraInfo": {"py_callstack": "Traceback", "timestamp": str(at)}}
+        (folder / "error.json").write_text(json.dumps({"message": message}))
+    if step is not None:
+        (folder / "last_step").write_text(f"{step:<20}")
+    failure = ProcessFailure(local_rank=rank, pid=100 + rank, exitcode=code, error_file=str(folder / "error.json"))
+    failure.timestamp = at
+    return Failed(rank, failure, folder)
+
+
+LOST = "LostProcessError: process 7 of 8 (on far, pid 5) stopped answering: it was killed or hangs, after step 3"
+KILLED, ENDED = -signal.SIGKILL, -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("cases", "worst"),
+    [
+        ([{"code": ENDED}, {"code": KILLED, "at": 1001}], 1),  # the launcher ends the others by SIGTERM
+        ([{"code": 1, "error": LOST}, {"code": ENDED}, {"code": KILLED, "at": 1002}], 2),
+        ([{"code": 1, "error": LOST}, {"code": 1, "error": "ValueError: x", "at": 1003}], 1),
+        ([{"code": ENDED, "at": 1003}, {"code": ENDED, "error": "ValueError: x", "at": 1002}], 1),  # it was still on its way out
+        ([{"code": ENDED}, {"code": 1, "error": LOST, "at": 1002}], 1),
+        ([{"code": 1, "error": "ValueError: x"}, {"code": KILLED, "at": 1001 + LATER_SECONDS}], 0),  # of the launcher's own kill
+        ([{"code": -signal.SIGSEGV, "at": 1001}, {"code": 1, "error": "ValueError: x"}], 0),
+        ([{"code": ENDED}, {"code": 3, "at": 1002}], 1),
+    ],
+)
+def test_who_is_to_blame(tmp_path: Path, cases: list[dict[str, Any]], worst: int) -> None:
+    assert by_blame([failed(tmp_path, rank, **case) for rank, case in enumerate(cases)])[0].rank == worst
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"code": KILLED, "step": 12}, "was killed by SIGKILL (by the system, for want of memory, if nobody did it), after step 12"),
+        ({"code": -signal.SIGSEGV}, "was killed by SIGSEGV, before its first step was done"),
+        ({"code": 3, "step": 0}, "ended with status 3, after step 0"),
+        ({"code": 1, "error": "ValueError: x\ny", "step": 4}, "failed: ValueError: x, after step 4"),
+    ],
+)
+def test_what_is_said(tmp_path: Path, case: dict[str, Any], words: str) -> None:
+    assert failed(tmp_path, 2, **case).told(8) == f"process 2 of 8 (pid 102) {words}"
+
+
+def test_what_is_said_of_another_process(tmp_path: Path) -> None:
+    assert failed(tmp_path, 2, 1, error=LOST).told(8) == LOST.removeprefix("LostProcessError: ")
+
+
+def test_output_that_nobody_saw_is_shown(tmp_path: Path) -> None:
+    processes = [failed(tmp_path, 0, ENDED), failed(tmp_path, 1, 1, error="ValueError: x", step=4), failed(tmp_path, 2, ENDED)]
+    for each in processes:
+        assert each.folder is not None
+        (each.folder / "stderr.log").write_text("".join(f"line {n}\n" for n in range(100)))
+    told = last_words(processes, world_size=3, shown=[0], seconds=3.4).splitlines()
+    assert told[0] == "titanarch: the run broke after 3 s: process 1 of 3 (pid 101) failed: ValueError: x, after step 4"
+    assert told[1] == f"titanarch: the last lines of {tmp_path}/none_x/attempt_0/1/stderr.log:"
+    assert told[2:-2] == [f"titanarch:   line {n}" for n in range(75, 100)]
+    assert told[-2] == "titanarch: 2 other processes of this node ended with it"
+    seen = last_words(processes, world_size=3, shown=[1], seconds=3.4).splitlines()
+    assert seen[1:-2] == [f"titanarch: its output is in {tmp_path}/none_x/attempt_0/1"]
+
+
+def test_the_logs_are_those_of_the_last_attempt(tmp_path: Path) -> None:
+    assert folders(tmp_path) == {}
+    for attempt in (0, 9, 10):
+        for name in ("0", "1"):
+            (tmp_path / f"none_x/attempt_{attempt}" / name).mkdir(parents=True)
+    (tmp_path / "none_x/attempt_10/filtered_stderr.log").touch()
+    assert folders(tmp_path) == {rank: tmp_path / f"none_x/attempt_10/{rank}" for rank in (0, 1)}
