@@ -15,8 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.parity.columns import FLOAT8_BOUND, FLOAT8_LOSS_BOUND, FP32_BOUND, FP64_BOUND, columns  # noqa: E402
-from tests.parity.matrix import Matrix, selected  # noqa: E402
+from tests.parity.columns import FLOAT8_BOUND, FLOAT8_LOSS_BOUND, FP32_BOUND, FP64_BOUND, Column, columns  # noqa: E402
+from tests.parity.matrix import Matrix, read_cells, selected, to_json  # noqa: E402
 from tests.parity.measure import LEAST_SHARE  # noqa: E402
 from tests.parity.rows import D_FF, D_MODEL, N_HEADS, SEQ_LEN, rows  # noqa: E402
 from tests.parity.trial import N_ROWS, N_STEPS  # noqa: E402
@@ -33,10 +33,11 @@ of {seq_len} tokens that pack up to three documents each, with AdamW, clipping a
 
 - the loss: the largest relative difference of the {n_steps} steps, summed over all processes;
 - the gradients of the first step: for each tensor max|Δg| / max(max|g|, {least:g} · global RMS of the gradients), and of all tensors
-  the largest. The second term of the divisor is for gradients that are truly zero, such as those of key biases.
+  the largest. A gradient that is truly zero (of key biases, of what shifts all logits of a softmax alike) holds rounding only,
+  whose size is that of the other gradients: tensors that are zero in float64 count against the global RMS itself.
 
-Bounds: {fp32:g} for both; {loss8:g} (loss) and {grad8:g} (gradients) for float8, whose numbers have 3 bits of fraction in the
-forward and 2 in the backward, so that the column only shows that it is float8 of the same run. In float64
+Bounds: {fp32:g} for both. For float8 they are {loss8:g} (loss) and {grad8:g} (all gradients as one vector: norm of the
+difference over norm), because its numbers have 3 bits of fraction in the forward and 2 in the backward. In float64
 (`--dtype float64`) the bound is {fp64:g}. A number in bold is beyond its bound. A number in brackets is the reason why a
 cell is empty, below the tables: what the configuration check answers, in its words, or why there is nothing to compare.
 
@@ -84,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of weights and compute")
     parser.add_argument("--processes", type=int, default=4, help="at most so many at a time; columns of 4 need 4")
     parser.add_argument("--out", type=Path, help="where to write the page; unset: docs/parity.md where all cells are measured in float32")
+    parser.add_argument("--store", type=Path, help="a file of measured cells: those in it are not run again, others are added to it")
     parser.add_argument("--list", action="store_true", help="print the names of rows and columns, and end")
     return parser.parse_args(argv)
 
@@ -100,7 +102,16 @@ def main(argv: list[str]) -> int:
         print("rows:", *(f"  {row.name}" for row in chosen_rows), "columns:", *(f"  {column.name}" for column in chosen_columns), sep="\n")
         return 0
     matrix, started = Matrix(chosen_rows, chosen_columns, args.dtype), time.monotonic()
-    matrix.measure(n_processes=args.processes, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if args.store is not None and args.store.is_file():
+        matrix.cells |= read_cells(args.store.read_text("utf-8"))
+
+    def say(row: str, column: Column) -> None:
+        print(matrix.line(row, column), file=sys.stderr, flush=True)
+        if args.store is not None:
+            with args.store.open("a", encoding="utf-8") as file:
+                file.write(to_json(row, column.name, matrix.cells[row, column.name]) + "\n")
+
+    matrix.measure(n_processes=args.processes, say=say)
     minutes = (time.monotonic() - started) / 60
     print(matrix.markdown())
     is_whole = len(chosen_rows) == len(rows()) and len(chosen_columns) == len(columns()) and args.dtype == "float32"

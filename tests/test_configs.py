@@ -61,8 +61,10 @@ def test_the_model_builds_and_costs_what_it_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_it_could_start_on_one_process(name: str) -> None:
-    check_run(loaded(name), world_size=1, device_type="cpu")
+def test_it_could_start_on_as_few_processes_as_its_degrees_make(name: str) -> None:
+    p = loaded(name).parallelism
+    others = p.data_parallel_replicate_degree * p.context_parallel_degree * p.tensor_parallel_degree
+    check_run(loaded(name), world_size=others * max(p.data_parallel_shard_degree, 1), device_type="cpu")
 
 
 def test_no_two_files_share_a_folder() -> None:

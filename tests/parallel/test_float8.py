@@ -20,17 +20,17 @@ from titanarch.parallel.mesh import Degrees
 
 E4M3_MAX = 448.0
 LOSS_BOUND = 2e-2
-"""Relative, over four large steps: a rounding to 3 bits of fraction is an error of up to 1/16 of a factor."""
+"""Relative, over two large steps: a rounding to 3 bits of fraction is an error of up to 1/16 of a factor."""
 
 ON = {"enable": True}
 TP2 = {"tensor_parallel_degree": 2}
 GATHERED = {**ON, "enable_fsdp_float8_all_gather": True}
 CASES = {
-    "fp32": Case(parallelism=TP2),
-    "tensorwise": Case(parallelism=TP2, float8=ON),
-    "gathered": Case(parallelism=TP2, float8=GATHERED),
-    "gathered, a scale at a time": Case(parallelism=TP2, float8={**GATHERED, "precompute_float8_dynamic_scale_for_fsdp": False}),
-    "mxfp8": Case(parallelism=TP2, float8={**ON, "recipe_name": "mxfp8"}),
+    "fp32": Case(parallelism=TP2, n_steps=2),
+    "tensorwise": Case(parallelism=TP2, float8=ON, n_steps=2),
+    "gathered": Case(parallelism=TP2, float8=GATHERED, n_steps=2),
+    "gathered, a scale at a time": Case(parallelism=TP2, float8={**GATHERED, "precompute_float8_dynamic_scale_for_fsdp": False}, n_steps=2),
+    "mxfp8": Case(parallelism=TP2, float8={**ON, "recipe_name": "mxfp8"}, n_steps=2),
 }
 
 

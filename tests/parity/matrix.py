@@ -1,7 +1,8 @@
 """The matrix: which cells run, what came of them, and the page that shows it."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
 from tests.parity.columns import REFERENCE, Column
@@ -23,11 +24,16 @@ class Cell:
     failure: str = ""
     seconds: float = 0.0
 
-    def exceeds(self, bounds: tuple[float, float]) -> bool:
-        """Whether it broke, or is further from one process than ``bounds`` of loss and gradient allow."""
+    def numbers(self, column: Column) -> tuple[float, float]:
+        """Of loss and gradients, as ``column`` compares them."""
+        assert self.difference is not None, "only a cell that was measured has them"
+        return self.difference.loss, self.difference.gradient_norm if column.by_norm else self.difference.gradient
+
+    def exceeds(self, column: Column, dtype: str) -> bool:
+        """Whether it broke, or is further from one process than the bounds of its column."""
         if self.difference is None:
             return bool(self.failure)
-        return self.difference.loss > bounds[0] or self.difference.gradient > bounds[1]
+        return any(number > bound for number, bound in zip(self.numbers(column), column.bounds(dtype), strict=True))
 
 
 class _References:
@@ -63,21 +69,28 @@ class Matrix:
     dtype: str = "float32"
     wanted: Callable[[Row, Column], bool] | None = None
     cells: dict[Key, Cell] = field(default_factory=dict)
-    processor_seconds: float = 0.0
 
-    def measure(self, *, n_processes: int = 4, say: Callable[[str], None] = print) -> None:
-        """Run every cell on at most ``n_processes`` processes; ``say`` gets a line a cell."""
+    @property
+    def processor_seconds(self) -> float:
+        """Of all cells; what one process did to compare with is not counted."""
+        return sum(cell.seconds for cell in self.cells.values())
+
+    def measure(self, *, n_processes: int = 4, say: Callable[[str, Column], None] | None = None) -> None:
+        """Run every cell that ``cells`` lacks, on at most ``n_processes`` processes.
+
+        ``say`` is called with the row and column of each as it comes.
+        """
+        say = say or (lambda row, column: print(self.line(row, column)))
         references = _References(self.dtype)
         waiting: list[tuple[Task, Reply]] = []
 
         def report(task: Task, reply: Reply) -> None:
             row, column, seconds = task.row.name, task.column, reply.processor_seconds
-            self.processor_seconds += seconds
             is_reference = column.name == REFERENCE.name
             if reply.outcome is None:
                 refused = reply.state == "refused" and not is_reference
                 self.cells[row, column.name] = Cell(**{"reason" if refused else "failure": reply.text}, seconds=seconds)
-                say(self.line(row, column))
+                say(row, column)
             elif is_reference:
                 references.add(task, reply.outcome)
             else:
@@ -87,9 +100,11 @@ class Matrix:
                 assert its.outcome is not None, "only what ran waits"
                 found = difference(its.outcome, *references.of(done.row.name))
                 self.cells[done.row.name, done.column.name] = Cell(found, seconds=its.processor_seconds)
-                say(self.line(done.row.name, done.column))
+                say(done.row.name, done.column)
 
-        run_cells([*references.tasks(self.rows), *self._tasks()], n_processes=n_processes, report=report)
+        tasks = self._tasks()
+        compared = [row for row in self.rows if any(task.row.name == row.name for task in tasks)]
+        run_cells([*references.tasks(compared), *tasks], n_processes=n_processes, report=report)
         for task, _ in waiting:
             failure = "one process failed, so there is nothing to compare with"
             self.cells[task.row.name, task.column.name] = Cell(failure=failure)
@@ -99,7 +114,8 @@ class Matrix:
         tasks = []
         for row in self.rows:
             for column in self.columns:
-                if self.wanted is not None and not self.wanted(row, column):
+                is_known = (row.name, column.name) in self.cells
+                if is_known or (self.wanted is not None and not self.wanted(row, column)):
                     continue
                 reason = row.reason(column.name) or column.reason(row.name)
                 if reason is None:
@@ -114,16 +130,14 @@ class Matrix:
         shown = cell.reason or cell.failure
         if cell.difference is not None:
             d = cell.difference
-            shown = f"loss {d.loss:.1e}, gradients {d.gradient:.1e} ({d.where})"
-        mark = "EXCEEDS " if cell.exceeds(column.bounds(self.dtype)) else ""
+            shown = f"loss {d.loss:.1e}, gradients {d.gradient:.1e} ({d.where}), norm {d.gradient_norm:.1e}"
+        mark = "EXCEEDS " if cell.exceeds(column, self.dtype) else ""
         return f"{cell.seconds:6.1f} s  {row} | {column.name}: {mark}{shown}"
 
     def failures(self) -> list[str]:
         """A line for each cell that exceeds its bounds, or broke."""
         known = {column.name: column for column in (REFERENCE, *self.columns)}
-        return [
-            self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column].bounds(self.dtype))
-        ]
+        return [self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column], self.dtype)]
 
     def markdown(self) -> str:
         """A table for each group of columns, and the reasons of empty cells."""
@@ -146,12 +160,28 @@ class Matrix:
             return ""
         if cell.difference is None:
             return f"({reasons.setdefault(cell.reason, len(reasons) + 1)})" if cell.reason else "**failed**"
-        number = f"{cell.difference.largest:.1e}"
-        return f"**{number}**" if cell.exceeds(column.bounds(self.dtype)) else number
+        number = f"{max(cell.numbers(column)):.1e}"
+        return f"**{number}**" if cell.exceeds(column, self.dtype) else number
 
     def _largest(self, column: Column) -> str:
-        found = [cell.difference.largest for (_, name), cell in self.cells.items() if name == column.name and cell.difference]
+        found = [max(cell.numbers(column)) for (_, name), cell in self.cells.items() if name == column.name and cell.difference]
         return f"{max(found):.1e}" if found else ""
+
+
+def to_json(row: str, column: str, cell: Cell) -> str:
+    """A cell in a line, for a file that a later run goes on from."""
+    return json.dumps({"row": row, "column": column, **asdict(cell)})
+
+
+def read_cells(text: str) -> dict[Key, Cell]:
+    """The cells that were measured or refused; those that failed are left to be run again."""
+    cells: dict[Key, Cell] = {}
+    for line in text.splitlines():
+        table = json.loads(line)
+        key, found = (table.pop("row"), table.pop("column")), table.pop("difference")
+        if found or table["reason"]:
+            cells[key] = Cell(Difference(**found) if found else None, **table)
+    return cells
 
 
 def selected(names: str, patterns: Sequence[str]) -> bool:

@@ -16,15 +16,15 @@ ZERO_SHARE = 1e-9
 
 @dataclass(frozen=True)
 class Difference:
-    """``loss``: the largest of a step, relative. ``gradient``: the largest of a tensor, by the measure, and ``where`` it is."""
+    """``loss``: the largest of a step, relative. ``gradient``: the largest of a tensor, by the measure, and ``where`` it is.
+
+    ``gradient_norm``: of all gradients as one vector, the norm of the difference over the norm.
+    """
 
     loss: float
     gradient: float
+    gradient_norm: float
     where: str
-
-    @property
-    def largest(self) -> float:
-        return max(self.loss, self.gradient)
 
 
 def root_mean_square(gradients: Mapping[str, np.ndarray]) -> float:
@@ -47,7 +47,7 @@ def difference(found: Outcome, expected: Outcome, zero: Collection[str] = ()) ->
     """
     if found.gradients.keys() != expected.gradients.keys() or len(found.losses) != len(expected.losses):
         missing = sorted(found.gradients.keys() ^ expected.gradients.keys())
-        return Difference(math.inf, math.inf, f"only on one side: {', '.join(missing[:3])}")
+        return Difference(math.inf, math.inf, math.inf, f"only on one side: {', '.join(missing[:3])}")
     loss = max(_not_nan(abs(a - b) / abs(b)) for a, b in zip(found.losses, expected.losses, strict=True))
     rms = root_mean_square(expected.gradients)
     by_name = {
@@ -57,7 +57,8 @@ def difference(found: Outcome, expected: Outcome, zero: Collection[str] = ()) ->
         for name, g in expected.gradients.items()
     }
     where = max(by_name, key=lambda name: by_name[name])
-    return Difference(loss, by_name[where], where)
+    differences = {name: found.gradients[name].astype(np.float64) - g for name, g in expected.gradients.items()}
+    return Difference(loss, by_name[where], _not_nan(root_mean_square(differences) / rms), where)
 
 
 def _not_nan(x: float) -> float:

@@ -1,5 +1,6 @@
 """Teams of processes that run cells of the matrix, one after the other, without starting anew."""
 
+import gc
 import os
 import pickle
 import tempfile
@@ -125,6 +126,8 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch._inductor.config.compile_threads = 1  # in this process: a cell that is ended must leave no compiler behind
     timeout = timedelta(seconds=CELL_SECONDS)
     dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+    gc.collect()
+    gc.freeze()  # what is imported stays: it need not be walked after every cell
     while True:
         try:
             row, column, dtype = pickle.loads(pipe.recv_bytes())

@@ -2,13 +2,14 @@
 that is registered from outside. ``scripts/parity.py`` measures the whole."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parity.columns import Column, columns
-from tests.parity.matrix import Cell, Matrix
+from tests.parity.matrix import Cell, Matrix, read_cells, to_json
 from tests.parity.measure import Difference, difference, zero_gradients
 from tests.parity.rows import Row, mixer_row, rows
 from tests.parity.trial import Outcome, rows_of
@@ -29,9 +30,9 @@ EXPECTED = [(row, column) for row, names in CELLS.items() for column in names]
 def matrix() -> Matrix:
     chosen = [row for row in (*rows(), TOY) if row.name in CELLS]
     found = Matrix(chosen, [*columns(), OTHER], wanted=lambda row, column: column.name in CELLS[row.name])
-    lines: list[str] = []
-    found.measure(n_processes=2, say=lines.append)
-    assert len(lines) == len(EXPECTED)
+    said: list[tuple[str, str]] = []
+    found.measure(n_processes=2, say=lambda row, column: said.append((row, column.name)))
+    assert sorted(said) == sorted(EXPECTED)
     return found
 
 
@@ -43,11 +44,11 @@ def test_a_technique_is_the_run_of_one_process(matrix: Matrix, row: str, column:
         return
     assert cell.difference is not None, cell.reason + cell.failure
     if column == OTHER.name:
-        assert cell.exceeds(known.bounds("float32"))
+        assert cell.exceeds(known, "float32")
         assert 1e-4 < cell.difference.loss < 1e-1
         assert 1e-4 < cell.difference.gradient < 1e-1
         return
-    assert not cell.exceeds(known.bounds("float32")), matrix.line(row, known)
+    assert not cell.exceeds(known, "float32"), matrix.line(row, known)
 
 
 def test_the_table_and_the_failures_tell_what_was_found(matrix: Matrix) -> None:
@@ -58,6 +59,15 @@ def test_the_table_and_the_failures_tell_what_was_found(matrix: Matrix) -> None:
     assert f"| {TOY.name} |" in table
     assert "CP2 gather, contiguous" in table.split("Empty cells")[0]
     assert "state: it declares gather, heads, ring" in table.split("Empty cells")[1]
+
+
+def test_measured_cells_are_read_back_and_not_run_again(matrix: Matrix) -> None:
+    text = "\n".join(to_json(*key, cell) for key, cell in matrix.cells.items())
+    again = Matrix(matrix.rows, matrix.columns, wanted=matrix.wanted, cells=read_cells(text))
+    assert again.cells == matrix.cells
+    again.measure(say=lambda row, column: pytest.fail(f"{row}, {column.name} was run again"))
+    assert again.markdown() == matrix.markdown()
+    assert read_cells(to_json("a", "b", Cell(failure="it broke"))) == {}
 
 
 def outcome(losses: list[float], **gradients: list[float]) -> Outcome:
@@ -73,6 +83,7 @@ def test_differences_are_relative_to_the_largest_element_or_to_a_share_of_all() 
     assert (d.where, d.gradient) == ("a", pytest.approx(0.4 / 4))
     d = difference(outcome([2.0, 4.0], a=[3.0, -4.0], b=[0.0, 1e-4]), expected)
     assert (d.where, d.gradient) == ("b", pytest.approx(1e-4 / (1e-3 * rms)))
+    assert d.gradient_norm == pytest.approx(1e-4 / 5)
     d = difference(outcome([2.0, 4.0], a=[3.0, -4.0], b=[0.0, 1e-4]), expected, zero={"b"})
     assert (d.where, d.gradient) == ("b", pytest.approx(1e-4 / rms))
 
@@ -88,7 +99,8 @@ def test_differences_are_relative_to_the_largest_element_or_to_a_share_of_all() 
     ],
 )
 def test_what_is_missing_or_not_a_number_is_infinitely_far(found: Outcome) -> None:
-    assert difference(found, outcome([1.0], a=[1.0])).largest == math.inf
+    d = difference(found, outcome([1.0], a=[1.0]))
+    assert max(d.loss, d.gradient) == math.inf
 
 
 def test_zero_gradients_are_those_that_float64_shows_as_zero() -> None:
@@ -99,16 +111,20 @@ def test_zero_gradients_are_those_that_float64_shows_as_zero() -> None:
 @pytest.mark.parametrize(
     ("cell", "exceeds"),
     [
-        (Cell(Difference(1e-6, 1e-6, "a")), False),
-        (Cell(Difference(2e-5, 1e-6, "a")), True),
-        (Cell(Difference(1e-6, 2e-5, "a")), True),
-        (Cell(Difference(math.inf, 0.0, "a")), True),
+        (Cell(Difference(1e-6, 1e-6, 1e-3, "a")), False),
+        (Cell(Difference(2e-5, 1e-6, 1e-6, "a")), True),
+        (Cell(Difference(1e-6, 2e-5, 1e-6, "a")), True),
+        (Cell(Difference(math.inf, 0.0, 0.0, "a")), True),
         (Cell(reason="it cannot be divided"), False),
         (Cell(failure="it broke"), True),
     ],
 )
 def test_a_cell_exceeds_in_loss_or_gradient_or_by_breaking(cell: Cell, exceeds: bool) -> None:
-    assert cell.exceeds((1e-5, 1e-5)) is exceeds
+    column = Column("a technique", "", 1, {})
+    assert cell.exceeds(column, "float32") is exceeds
+    assert cell.exceeds(column, "float64") is (exceeds or cell.difference is not None)
+    assert Cell(Difference(0.0, 1.0, 1e-6, "a")).exceeds(column, "float32")
+    assert not Cell(Difference(0.0, 1.0, 1e-6, "a")).exceeds(replace(column, by_norm=True), "float32")
 
 
 def test_documents_alone_are_those_of_the_packed_rows() -> None:

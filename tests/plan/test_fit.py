@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.plan.conftest import Configure
-from tests.train.runs import losses, train, write_config
+from tests.train.runs import losses, write_config
 from titanarch.cli.train import OUT_OF_MEMORY_STATUS
 from titanarch.config.errors import ConfigError
 from titanarch.config.load import load_config
-from titanarch.plan.fit import advice, changed, changes, largest_rows, peak_of, with_rows
+from titanarch.plan.fit import TracingPlanner, advice, changed, changes, largest_rows, peak_of, with_rows
 from titanarch.train import launch
 from titanarch.train.local_batch import row_choices, with_local_batch
 from titanarch.train.memory_report import OutOfMemory, is_out_of_memory
@@ -26,7 +26,7 @@ def peak(config: RunConfig, rows: int) -> float:
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(configure: Configure) -> None:
-    config = configure({"training.local_batch_size": "auto"})
+    config = configure({"training.local_batch_size": "auto", "model.n_layers": 1})
     by_rows = {rows: peak(config, rows) for rows in (2, 4)}
     assert by_rows[2] < by_rows[4]
     middle = (by_rows[2] + by_rows[4]) / 2
@@ -34,7 +34,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(configure: Configure
 
 
 def test_all_rows_at_once_and_none_at_all(configure: Configure) -> None:
-    config = configure({"training.local_batch_size": "auto", "training.global_batch_size": 2})
+    config = configure({"training.local_batch_size": "auto", "training.global_batch_size": 2, "model.n_layers": 1})
     assert largest_rows(config, world_size=1, device_type="cpu", capacity_bytes=1e12)[0] == 2
     assert largest_rows(config, world_size=1, device_type="cpu", capacity_bytes=1e3)[0] == 0
 
@@ -52,7 +52,7 @@ def test_changes_are_ordered_and_change_what_they_name(configure: Configure) -> 
 
 
 def test_advice_names_a_change_that_fits(configure: Configure) -> None:
-    config = configure({})
+    config = configure({"model.n_layers": 1})
     capacity = (peak(config, 8) + peak(config, 2)) / 2
     text = advice(config, world_size=1, device_type="cpu", capacity_bytes=capacity)
     assert "activations" in text
@@ -112,12 +112,13 @@ def test_running_out_of_memory_ends_with_a_report(tmp_path: Path, monkeypatch: p
 
 
 def test_auto_trains_to_the_same_losses(tmp_path: Path) -> None:
-    short = ("--training.steps", "3", "--validation.enable", "false", "--evaluation.enable", "false", "--checkpoint.enable", "false")
-    cache = tmp_path / "cache"
-    train(write_config(tmp_path, "fixed", cache), *short, "--training.local_batch_size", "8")
-    done = train(write_config(tmp_path, "auto", cache), *short, "--training.local_batch_size", "auto")
-    assert "local_batch_size = auto: 8 rows at a time, 1 micro-batches a step" in done.stdout + done.stderr
-    assert losses(tmp_path / "auto") == losses(tmp_path / "fixed")
+    short = ["--training.steps=5", "--validation.enable=false", "--evaluation.enable=false", "--checkpoint.enable=false"]
+    for name in ("8", "auto"):
+        path = write_config(tmp_path, name, tmp_path / "cache")
+        launch.train(load_config(path, [*short, f"--training.local_batch_size={name}"], RunConfig), TracingPlanner())
+    assert "local_batch_size = 8" in (tmp_path / "auto" / "config.toml").read_text()
+    assert len(losses(tmp_path / "8")) == 5
+    assert losses(tmp_path / "auto") == losses(tmp_path / "8")
 
 
 def test_the_exit_status_is_its_own() -> None:

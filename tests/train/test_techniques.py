@@ -148,3 +148,34 @@ def test_streamed_text_resumes_to_the_same_losses(folder: Path, tmp_path: Path) 
 def test_a_profile_is_written_where_asked(folder: Path) -> None:
     path = run(folder, "profiled", "--profiling.enable_profiling", "true", "--profiling.profile_freq", "4", steps=4)
     assert list((path / "profile_traces").glob("step-*/rank0_trace.json.gz"))
+
+
+TRACED = ["--compile.enable", "true", "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "full"]
+
+
+def test_a_compiled_and_checkpointed_run_goes_on_without_either(folder: Path, plain: Path) -> None:
+    path = run(folder, "compiled", "--checkpoint.interval", "2", *TRACED, steps=2)
+    assert run(folder, "compiled", "--checkpoint.interval", "2") == path
+    assert losses(path) == pytest.approx(losses(plain), rel=1e-6)
+    assert json.loads((path / "identity.json").read_text()) == json.loads((plain / "identity.json").read_text())
+
+
+def test_float8_is_another_run_and_says_that_it_is_emulated(folder: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run(folder, "float8", "--quantize.linear.float8.enable", "true", steps=2)
+    assert "tensorwise is emulated on this cpu" in capsys.readouterr().out
+    found = losses(path)
+    assert found == pytest.approx({step: losses(plain)[step] for step in found}, rel=2e-2)
+    assert found != {step: losses(plain)[step] for step in found}
+    run(folder, "float8", steps=2, status=2)
+    assert "quantize.linear.float8.enable" in capsys.readouterr().err
+
+
+def test_all_that_techniques_cannot_do_is_told_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--activation_checkpoint.mode", "memory_budget", "--quantize.linear.float8.enable", "true", "--model.channel.d_ff", "72"]
+    run(folder, "wrong", *wrong, "--quantize.linear.float8.recipe_name", "rowwise",
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "true", status=2)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "[activation_checkpoint] mode" in said
+    assert "layers.1.channel.up 72 x 32" in said
+    assert "[quantize.linear.float8] enable_fsdp_float8_all_gather" in said
+    assert not (folder / "wrong").exists()

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from titanarch.train.torchrun import LATER_SECONDS, Failed, by_blame, folders, last_words
+from titanarch.train.torchrun import LATER_SECONDS, Failed, by_blame, folders, last_words, main
 
 
 def failed(tmp_path: Path, rank: int, code: int, *, error: str = "", at: int = 1000, step: int | None = None) -> Failed:
@@ -84,3 +86,37 @@ def test_the_logs_are_those_of_the_last_attempt(tmp_path: Path) -> None:
             (tmp_path / f"none_x/attempt_{attempt}" / name).mkdir(parents=True)
     (tmp_path / "none_x/attempt_10/filtered_stderr.log").touch()
     assert folders(tmp_path) == {rank: tmp_path / f"none_x/attempt_10/{rank}" for rank in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (None, 0, ""),
+        (SignalException("told to end", signal.SIGTERM), 143, "titanarch: ended by SIGTERM\n"),
+        (RendezvousConnectionError("the store is gone"), 1, "titanarch: the nodes did not meet, or lost each other: the store is gone\n"),
+    ],
+)
+def test_the_status_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception | None, status: int, words: str
+) -> None:
+    def run(options: object) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert main(["--nnodes=2", "-m", "titanarch", "train", "--config", "a.toml"]) == status
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_the_launcher_reports_the_process_that_broke_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> None:
+        raise ChildFailedError("titanarch", {8: failed(tmp_path, 0, ENDED).failure, 9: failed(tmp_path, 1, KILLED, step=5).failure})
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    arguments = ["--nnodes=2", "--nproc-per-node=8", f"--log-dir={tmp_path}", "--local-ranks-filter=0", "-m", "titanarch", "train"]
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "process 9 of 16 (pid 101) was killed by SIGKILL" in told
+    assert "after step 5\n" in told

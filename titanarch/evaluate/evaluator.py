@@ -33,8 +33,8 @@ class Subject:
     """A model and the validation documents that it is measured on.
 
     ``lengths``: context lengths asked for, tokens. ``max_tokens``: targets a measurement, 0 for all. ``batch_tokens``:
-    tokens a forward of one process, or of those that share its rows, or one row if that is longer. ``train_seq_len``: longest row in training, tokens.
-    ``ngrams``: the baselines, or None.
+    tokens a forward of one process, or of those that share its rows, or one row if that is longer. ``train_seq_len``:
+    longest row in training, tokens. ``ngrams``: the baselines, or None.
     """
 
     model: Model

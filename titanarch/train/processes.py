@@ -1,19 +1,19 @@
 """The processes of a run: devices, the default process group, time-outs."""
 
 import os
-import uuid
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from titanarch.config.errors import ConfigError
 from titanarch.ops import rocm
 from titanarch.parallel.config import CommConfig
 from titanarch.train.launchers import Place, find_place
+from titanarch.train.meeting import agree
 from titanarch.train.watch import Watch
 
 
@@ -63,10 +63,20 @@ def start_processes(config: CommConfig) -> Processes:
         alone.watch.start()
         return alone
     os.environ.update(place.variables())
-    dist.init_process_group(backend, timeout=timeout)
+    store = _store(place, timeout)
+    name = agree(store, place.rank, place.world_size, seconds=config.init_timeout_seconds)
+    dist.init_process_group(
+        backend, store=PrefixStore(f"titanarch/{name}", store), rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
     processes = Processes(place.rank, place.world_size, device, Watch(place.rank, place.world_size))
-    processes.watch.start((place.address, place.port), _name_of_this_start(place.rank))
+    processes.watch.start((place.address, place.port), name)
     return processes
+
+
+def _store(place: Place, timeout: timedelta) -> TCPStore:
+    """The store that the processes meet at: torchrun's, or one that process 0 holds."""
+    holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    return TCPStore(place.address, place.port, is_master=holds, timeout=timeout, wait_for_workers=False)
 
 
 def _gpu(place: Place | None, n_gpus: int) -> int:
@@ -79,14 +89,6 @@ def _gpu(place: Place | None, n_gpus: int) -> int:
     raise ConfigError(
         f"process {local_rank} of this node has no GPU: there are {n_gpus}; start as many processes a node (NGPU) as it has GPUs"
     )
-
-
-def _name_of_this_start(rank: int) -> str:
-    """A name alike on all processes: a launcher that restarts them may keep the store, and what stands in it."""
-    store = dist.distributed_c10d._get_default_store()
-    if rank == 0:
-        store.set("titanarch/start", uuid.uuid4().hex)
-    return store.get("titanarch/start").decode()
 
 
 def set_timeout(seconds: float) -> None:
