@@ -148,7 +148,7 @@ def compiled_and_eager() -> list[dict[str, Tensor]]:
 
 
 def test_a_ring_compiles_to_one_graph() -> None:
-    for eager, compiled in run_distributed(compiled_and_eager, 2):
+    for eager, compiled in run_distributed(compiled_and_eager, 2, timeout_seconds=400.0):
         assert compiled.keys() == eager.keys()
         for key, value in eager.items():
             torch.testing.assert_close(compiled[key], value, rtol=1e-10, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")

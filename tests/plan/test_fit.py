@@ -17,6 +17,7 @@ from titanarch.train.local_batch import row_choices, with_local_batch
 from titanarch.train.memory_report import OutOfMemory, is_out_of_memory
 from titanarch.train.processes import Processes
 from titanarch.train.run_config import RunConfig
+from titanarch.train.trainer import Trainer
 
 ALLOCATION = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
 
@@ -98,7 +99,7 @@ def test_auto_becomes_a_number_or_a_refusal(configure: Configure) -> None:
 
 
 def test_running_out_of_memory_ends_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(launch.Trainer):
+    class Failing(Trainer):
         def run(self) -> dict[str, Any]:
             raise RuntimeError(ALLOCATION)
 

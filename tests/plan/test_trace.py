@@ -131,7 +131,7 @@ def _real_step(config: RunConfig) -> dict[str, float]:
 
 
 def test_a_real_run_sends_and_holds_what_its_trace_does(tmp_path: Path) -> None:
-    real = run_distributed(_real_steps, 2, tmp_path)[0]
+    real = run_distributed(_real_steps, 2, tmp_path, timeout_seconds=600.0)[0]
     for number, (config, found) in enumerate(zip(cases(tmp_path), real, strict=True)):
         traced = trace(config, 2)
         for axis, formula in traced.formulas.items():

@@ -8,8 +8,14 @@ import pytest
 
 from tests.train.runs import losses, train, write_config
 
+# An attention of another module, whose two heads HEADS divides on two processes, but not once tensor parallelism has.
+MIXER = [
+    *("--experimental.custom_import", "tests.parallel.heads_first", "--model.layers", '["heads_first"]'),
+    *("--model.mixers.heads_first.dropout", "0.1"),
+]
 TP2, CP2 = ["--parallelism.tensor_parallel_degree", "2"], ["--parallelism.context_parallel_degree", "2"]
-SHORT = ["--training.steps", "6", "--validation.interval", "3", "--evaluation.lengths", "[15, 32]", "--checkpoint.enable", "false"]
+SHORT = ["--training.steps", "6", "--validation.interval", "3", "--evaluation.lengths", "[15, 32]"]
+SHORT = [*SHORT, "--checkpoint.enable", "false", "--metrics.sinks", '["progress", "jsonl"]', *MIXER]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {"tp2": (2, TP2), "cp2": (2, CP2), "tp2_cp2": (4, [*TP2, *CP2])}
 
 
@@ -48,7 +54,9 @@ def assert_same(found: Any, expected: Any, where: str) -> None:
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_a_divided_run_is_the_run_of_one_process(folder: Path, one_process: Path, name: str) -> None:
     n_processes, overrides = LAYOUTS[name]
-    train(write_config(folder, name, folder / "cache"), *SHORT, *overrides, n_processes=n_processes)
+    done = train(write_config(folder, name, folder / "cache"), *SHORT, *overrides, n_processes=n_processes)
+    note = "HeadsFirst: context parallelism by gather, as heads: its 1 heads a process are no multiple of 2"
+    assert (note in done.stderr) is (name == "tp2_cp2"), "what auto decides is logged"
     expected, found = losses(one_process), losses(folder / name)
     assert sorted(expected) == list(range(1, 7))
     assert found == pytest.approx(expected, rel=1e-5)
@@ -56,14 +64,3 @@ def test_a_divided_run_is_the_run_of_one_process(folder: Path, one_process: Path
     assert theirs["evaluation"], "something was evaluated"
     for key in ("losses", "evaluation", "evaluation_tables", "step", "tokens", "parameters", "training_flops"):
         assert_same(ours[key], theirs[key], key)
-
-
-def test_what_auto_decides_is_logged(folder: Path) -> None:
-    """A mixer of another module, whose first method does not fit its heads."""
-    config = write_config(folder, "auto", folder / "cache")
-    mixer = ["--experimental.custom_import", "tests.parallel.heads_first", "--model.layers", '["heads_first"]', "--model.n_heads", "1"]
-    quick = ["--training.steps", "2", "--lr_scheduler.warmup_steps", "1", "--evaluation.enable", "false", "--validation.enable", "false"]
-    done = train(config, *mixer, *quick, *CP2, "--metrics.sinks", '["console", "jsonl"]', n_processes=2)
-    note = "HeadsFirst: context parallelism by gather, as heads: its 1 heads a process are no multiple of 2"
-    assert note in done.stdout + done.stderr
-    assert sorted(losses(folder / "auto")) == [1, 2]

@@ -109,7 +109,7 @@ def advice(config: RunConfig, *, world_size: int, device_type: str, capacity_byt
     """Predicted memory of ``config`` by category, and the smallest changes that are predicted to fit."""
     started = time.monotonic()
     lines = ["predicted memory of a process:", *memory_lines(peak_of(config, world_size=world_size, device_type=device_type))]
-    found = []
+    found: list[str] = []
     for change in changes(config, world_size):
         if len(found) == MOST_ADVICE or time.monotonic() - started > ADVICE_SECONDS:
             break
