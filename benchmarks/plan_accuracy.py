@@ -75,7 +75,7 @@ def allocator_peak(profiled: profile) -> int:
     assert profiled.profiler.kineto_results is not None, "it has ended"
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            alive += event.nbytes()
+            alive += event.nbytes()  # type: ignore[attr-defined]
             peak = max(peak, alive)
     return peak
 

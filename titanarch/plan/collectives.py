@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
-from torch.distributed.distributed_c10d import GroupName
 
 SEND = "send"
 _FUNCTIONAL = "_c10d_functional::"
@@ -73,7 +72,7 @@ def collective_of(name: str, args: tuple[Any, ...]) -> Collective | None:
     if form is None:
         return None
     group = args[form.group]
-    group = _resolve_process_group(GroupName(group)) if isinstance(group, str) else ProcessGroup.unbox(group)
+    group = _resolve_process_group(group) if isinstance(group, str) else ProcessGroup.unbox(group)  # type: ignore[arg-type]
     n = group.size()
     whole = _bytes(args[form.whole]) * (n if form.times_group else 1)
     if form.kind in ("broadcast", SEND):

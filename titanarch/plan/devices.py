@@ -10,9 +10,9 @@ Peak FLOP/s are those of ``titanarch.train.metrics.devices``. Memory and bandwid
 - cpu: one core of an Intel server with AMX, as measured for this project (181 GFLOP/s in float32, 1.2 TFLOP/s in bfloat16);
   bandwidths are round numbers for processes that share a machine.
 
-``efficiency``: the share of the peak that a whole step reaches while it computes, 0.5: what TorchTitan's Llama 3 8B on 8 H100
-with compile comes to (6,667 tokens a second and GPU, its benchmarks of December 2024) is 0.37 of the peak with recomputation
-counted once, and its communication and updates are predicted apart here. ``link_efficiency``: the share of a link's speed that
+``efficiency``: the share of the peak that a whole step reaches while it computes, 0.5, an estimate: TorchTitan's Llama 3 8B on 8
+H100 with compile (6,667 tokens a second and GPU, its benchmarks of December 2024) comes to 0.35 of the peak in all, with its
+communication, recomputation and updates, which are predicted apart here. ``link_efficiency``: the share of a link's speed that
 collectives of many megabytes reach, 0.75.
 """
 

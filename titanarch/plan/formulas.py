@@ -199,12 +199,11 @@ def attention_bytes(mixer: Attention, method: ContextParallel, sizes: Sizes) -> 
     n_key //= t
     head = sizes.rows * sizes.tokens * mixer.head_dim  # elements of one head of one stream
     keys = 2 * head * n_key
+    passed = float(keys * sizes.compute_bytes * (c - 1))
     if method is ContextParallel.GATHER:
-        sent = keys * sizes.compute_bytes * (c - 1)
-        return sent, sent
+        return passed, passed
     if method is ContextParallel.RING:
-        sent = keys * sizes.compute_bytes * (c - 1)
-        return sent, sent + keys * FP32_BYTES * c
+        return passed, passed + keys * FP32_BYTES * c
     if method is ContextParallel.HEADS:
         query = 2 * head * n_query * sizes.compute_bytes * (c - 1) / c
         sent = query + keys * sizes.compute_bytes * ((c - 1) / c if n_key % c == 0 else c - 1)

@@ -5,7 +5,7 @@ outlives the backward), so events are written down and the peak is found by goin
 """
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +65,7 @@ class Ledger(TorchDispatchMode):
     fake: Any = None
     phase: str = "step"
     scope: str = ""
-    sent: Counter[tuple[str, Group, str]] = field(default_factory=Counter)
+    sent: defaultdict[tuple[str, Group, str], float] = field(default_factory=lambda: defaultdict(float))
     """Bytes sent by (scope, group, kind)."""
     calls: Counter[tuple[str, Group, str]] = field(default_factory=Counter)
 
@@ -203,5 +203,5 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, collective: Collective) -> None:
         key = (self.scope, collective.group, collective.kind)
-        self.sent[key] += collective.sent_bytes  # type: ignore[assignment]
+        self.sent[key] += collective.sent_bytes
         self.calls[key] += 1
