@@ -14,7 +14,7 @@ from titanarch.contract.init import Init, qualified_names
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint, recomputed_blocks
 from titanarch.parallel.check import technique_problems
-from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config
+from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.mesh import Degrees
 
 EXTERNAL_DROPOUT = {
@@ -123,6 +123,7 @@ def test_what_would_do_nothing_is_refused(table: dict[str, Any], key: str, text:
         activation_checkpoint=ActivationCheckpointConfig.model_validate(table),
         compile_config=CompileConfig(),
         float8=Float8Config(),
+        parallelism=ParallelismConfig(),
         degrees=Degrees(1, 1),
         seq_len=T,
         device_type="cpu",

@@ -10,7 +10,7 @@ from titanarch.contract.mixer import BaseMixer, SequenceMixer
 from titanarch.contract.model import Model
 from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanarch.parallel.check import Division
-from titanarch.parallel.compile import apply_compile, gather_before_graphs
+from titanarch.parallel.compile import apply_compile, gather_before_graphs, overlap_tensor_parallelism
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.context_parallel import apply_context_parallel
@@ -59,6 +59,8 @@ def parallelize(
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile_config.enable:
         apply_compile(model, compile_config)
+    if parallelism.enable_async_tensor_parallel:
+        overlap_tensor_parallelism(mesh.tensor_group)
     apply_fsdp(model, mesh.fsdp, parallelism, param_dtype, reduce_dtype)
     if compile_config.enable:
         gather_before_graphs(model)

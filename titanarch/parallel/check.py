@@ -67,12 +67,16 @@ def technique_problems(
     activation_checkpoint: ActivationCheckpointConfig,
     compile_config: CompileConfig,
     float8: Float8Config,
+    parallelism: ParallelismConfig,
     degrees: Degrees,
     seq_len: int,
     device_type: str,
 ) -> list[Problem]:
     """Why activation checkpointing, compile or float8 cannot be applied to ``model``, bare and on the meta device."""
     mode, problems = activation_checkpoint.mode, []
+    if parallelism.enable_async_tensor_parallel and not compile_config.enable:
+        message = "it is the compiler that overlaps; set compile.enable to true, or this to false"
+        problems.append(Problem(message, "parallelism.enable_async_tensor_parallel"))
     if mode == "memory_budget" and not compile_config.enable:
         problems.append(Problem("it is the compiler that keeps to a budget; set compile.enable to true", "activation_checkpoint.mode"))
     every, n_blocks = activation_checkpoint.selective_ac_option, sum(1 for _ in model.blocks())

@@ -67,27 +67,48 @@ def gather_stacked(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, degree: int) -> Tensor:
+        ctx.group, ctx.degree = group, degree
+        return _gathered(x, group, degree)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(grad, ctx.group, ctx.degree), None, None
+
+
+class _ScatterSumSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, degree: int) -> Tensor:
+        ctx.group, ctx.degree = group, degree
+        return _scattered(x, group, degree)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad, ctx.group, ctx.degree), None, None
+
+
+def _gathered(x: Tensor, group: Any, degree: int) -> Tensor:
+    """Written as TorchInductor's asynchronous tensor parallelism looks for it: gather, then split and concatenate."""
+    return torch.cat(funcol.wait_tensor(all_gather(x.contiguous(), 0, group)).chunk(degree, 0), 1)
+
+
+def _scattered(x: Tensor, group: Any, degree: int) -> Tensor:
+    """Split and concatenate, then reduce and scatter, for the same reason."""
+    return funcol.wait_tensor(reduce_scatter(torch.cat(x.chunk(degree, 1), 0), "sum", 0, group))
+
+
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, T, ...] of each process to [B, T degree, ...] in the order of ranks; gradients are summed and cut back."""
-    return gather_stacked(x, group).movedim(0, 1).flatten(1, 2)
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return funcol.wait_tensor(reduce_scatter(x.contiguous(), "sum", 0, group))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return funcol.wait_tensor(all_gather(grad.contiguous(), 0, ctx.group)), None
+    out: Tensor = _GatherSequence.apply(x, group.group_name, group.size())
+    return out
 
 
 def scatter_sum_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, T degree, ...], of which each process holds a part of a sum, to this process's [B, T, ...] of the sum."""
-    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0)
-    out: Tensor = _ScatterSum.apply(parts, group.group_name)
-    return out.squeeze(0)
+    out: Tensor = _ScatterSumSequence.apply(x, group.group_name, group.size())
+    return out
 
 
 def sequence_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
 from titanarch.contract.model import Model
@@ -48,6 +49,15 @@ def gather_before_graphs(model: Model) -> None:
             if isinstance(module, FSDPModule) and module is not block:
                 remove_forward_hooks(module)
                 compiled.gathered.append(module)
+
+
+def overlap_tensor_parallelism(group: ProcessGroup) -> None:
+    """Let TorchInductor cut the products beside ``group``'s collectives into pieces that run while others travel. CUDA only."""
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.group_name)
 
 
 class CompiledInTraining:

@@ -97,6 +97,7 @@ def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -
             activation_checkpoint=config.activation_checkpoint,
             compile_config=config.compile,
             float8=config.quantize.linear.float8,
+            parallelism=config.parallelism,
             degrees=degrees,
             seq_len=config.training.seq_len,
             device_type=device_type,
