@@ -37,6 +37,8 @@ DEFERRED = {
     "sentencepiece": "only runs with such a tokenizer need it",
     "tensorboard": "slow, and only one sink needs it",
     "tokenizers": "only runs with such a tokenizer need it",
+    "torch._inductor": "slow, and only asynchronous tensor parallelism changes its settings",
+    "torch.distributed._symmetric_memory": "needs GPUs that reach each other's memory",
     "torch.utils.tensorboard": "slow, and only one sink needs it",
     "torchao": "takes seconds to import, and only float8 needs it",
     "transformers": "an extra, and slow",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.nodes import QUICK, REPOSITORY, Host, Run, cleaned_up, environment, launch, left_over, losses_in, two_hosts
+from titanarch.train.watch import BEAT_SECONDS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -57,6 +58,7 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
         before = hosts[1].received_bytes()
         first, second = on_two_hosts(folder, hosts, ENDLESS)
         first.wait_for_step(3)
+        time.sleep(3 * BEAT_SECONDS)  # the other host knows of this one what its last beat said
         os.kill(first.workers()[1], signal.SIGKILL)
         killed = time.monotonic()
         (status, _, err), (second_status, _, second_err) = first.end(), second.end()

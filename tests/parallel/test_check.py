@@ -20,7 +20,7 @@ from titanarch.contract.position import ABSOLUTE_POSITIONS, RELATIVE_POSITIONS
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ParallelismConfig
-from titanarch.parallel.mesh import resolve_degrees
+from titanarch.parallel.mesh import Degrees, resolve_degrees
 
 PACKAGE = Path(__file__).resolve().parents[2] / "titanarch"
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
@@ -68,7 +68,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--parallelism.enable_async_tensor_parallel", "true"],
         ["[parallelism] enable_async_tensor_parallel", "tensor_parallel_degree above 1"],
     ),
-    "a length and head-tail parts": (2, [CP, "2", "--training.seq_len", "34"], ["[training] seq_len", "34 tokens", "multiple of 4"]),
+    "a length and head-tail parts": (
+        2,
+        [CP, "2", BALANCE, "head_tail", "--training.seq_len", "34"],
+        ["[training] seq_len", "34 tokens", "multiple of 4"],
+    ),
     "a length and contiguous parts": (
         2,
         [CP, "2", BALANCE, "contiguous", "--training.seq_len", "33"],
@@ -77,7 +81,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "a length and sequence parallelism": (2, [TP, "2", "--training.seq_len", "33"], ["[training] seq_len", "33 tokens", "multiple of 2"]),
     "a length and both": (
         4,
-        [TP, "2", CP, "2", "--training.seq_len", "36"],
+        [TP, "2", CP, "2", BALANCE, "head_tail", "--training.seq_len", "36"],
         ["[training] seq_len", "multiple of 8 = context_parallel_degree 2"],
     ),
     "pipelines": (
@@ -163,6 +167,14 @@ def heads_first() -> list[str]:
 def test_auto_takes_the_next_declared_method_and_says_so() -> None:
     note = "HeadsFirst: context parallelism by gather, as heads: its 3 heads a process are no multiple of 2"
     assert run_distributed(heads_first, 1)[0] == ["heads", "heads", "False", "gather", "gather", "True", note]
+
+
+def test_rows_without_two_equal_parts_a_process_are_divided_contiguously() -> None:
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.model_validate({"n_layers": 1, "d_model": 16, "n_heads": 4, "channel": "mlp"}), 40, 18)
+    division = decide_division(model, ParallelismConfig(context_parallel_degree=2), Degrees(1, 1, cp=2), seq_len=18, device_type="cpu")
+    assert not division.head_tail
+    assert division.notes == ("rows are divided contiguously: 18 tokens do not make two equal parts for each process",)
 
 
 FORBIDDEN = {"mesh", "device_mesh", "DeviceMesh", "ProcessGroup", "process_group", "get_rank", "get_world_size", "get_group", "world_size"}

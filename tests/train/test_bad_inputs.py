@@ -40,7 +40,7 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
         (["--model.n_heads", "5"], ["not a multiple of n_heads (5)"]),
         (["--training.global_batch_size", "7", "--training.local_batch_size", "2"], ["training", "global_batch_size", "multiple of 2"]),
         (["--training.tokens", "100"], ["exactly one of steps, tokens and minutes"]),
-        (["--parallelism.tensor_parallel_degree", "2"], ["tensor_parallel_degree", "use 1"]),
+        (["--parallelism.tensor_parallel_degree", "2"], ["tensor_parallel_degree", "does not divide the 1 processes"]),
         (["--parallelism.pipeline_parallel_degree", "2"], ["no pipeline parallelism"]),
         (["--parallelism.data_parallel_shard_degree", "3"], ["data_parallel_shard_degree", "number of processes, 1"]),
         (["--model.vocab_size", "100"], ["fewer than the tokenizer's 8192"]),
