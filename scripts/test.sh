@@ -19,5 +19,5 @@ status=0 # every check runs, so that one failure does not hide another
 "$PYTHON_BIN" -m ruff format --check . || status=1
 "$PYTHON_BIN" -m mypy || status=1
 # A file's tests stay together, since they share the processes that they start. One process leaves a second core idle.
-"$PYTHON_BIN" -m pytest -n 2 --dist loadfile || status=$?
+"$PYTHON_BIN" -m pytest -n 2 --dist loadfile --no-loadscope-reorder || status=$?
 exit "$status"

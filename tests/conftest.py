@@ -12,9 +12,13 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 import pytest
 import torch
 
+LONGEST_FIRST = ("test_nodes.py", "test_launcher.py", "test_run.py", "test_layouts.py", "test_resharding.py", "test_launchers.py")
+"""Files of minutes: begun first, so that two workers end together."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what carries the marker ``gpu`` where there is no GPU."""
+    """The longest files first. Skip what carries the marker ``gpu`` where there is no GPU."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST))
     if torch.cuda.is_available():
         return
     for item in items:
