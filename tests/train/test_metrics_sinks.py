@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import select
 import sys
 import types
 from collections.abc import Mapping
@@ -128,7 +129,9 @@ def test_progress_redraws_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch
         sink.close(None)
         terminal.flush()
         monkeypatch.undo()
-        shown = os.read(leader, 100_000).decode()
+        shown = ""
+        while select.select([leader], [], [], 1.0)[0]:  # a terminal hands on what was written piece by piece
+            shown += os.read(leader, 100_000).decode()
     os.close(leader)
     assert "checkpoint saved" in shown
     assert "step 30/30" in shown, "the last row is drawn though rows came faster than the screen is refreshed"
