@@ -23,7 +23,7 @@ from benchmarks.measure import record
 from titanarch.config.load import load_config
 from titanarch.plan.fit import vocab_size_of
 from titanarch.plan.ledger import Ledger
-from titanarch.plan.trace import axis_names, named_parameters, synthetic_batch, trace_step
+from titanarch.plan.trace import axis_names, synthetic_batch, trace_step
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
@@ -85,7 +85,7 @@ def measured(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         built = build_model(config, processes, vocab_size)
-        optimizers = build_optimizers(config.optimizer, named_parameters(built), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
         scaler = LossScaler(enabled=False)
         step = TrainStep(
             built.model,

@@ -12,17 +12,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-import titanarch.models.components  # noqa: F401 (registers all)
-from titanarch.contract.init import qualified_names
+from tests.parallel.divided import divided_decoder
 from titanarch.contract.model import Model
 from titanarch.contract.sequence import SequenceInfo
-from titanarch.models.decoder import Decoder, DecoderConfig
-from titanarch.parallel.apply import materialize, parallelize
-from titanarch.parallel.check import decide_division
-from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
-from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
+from titanarch.parallel.mesh import Mesh
 
-V, T, ROWS, SEED = 64, 32, 4, 3
+V, T, ROWS = 64, 32, 4
 PLAIN: dict[str, Any] = {
     "n_layers": 2,
     "d_model": 64,
@@ -66,27 +61,16 @@ class Outcome:
 
 
 def build(case: Case) -> tuple[Model, Mesh]:
-    config = DecoderConfig.model_validate(case.model)
-    with torch.device("meta"):
-        model = Decoder(config, V, T)
-    names = qualified_names(model)
-    parallelism = ParallelismConfig.model_validate(case.parallelism)
-    degrees = resolve_degrees(parallelism, dist.get_world_size())
-    mesh = build_mesh(degrees, "cpu")
-    parallelize(
-        model,
-        mesh,
-        decide_division(model, parallelism, degrees, seq_len=T, device_type="cpu"),
+    return divided_decoder(
+        case.model,
         vocab_size=V,
-        parallelism=parallelism,
-        activation_checkpoint=ActivationCheckpointConfig.model_validate(case.activation_checkpoint),
-        compile_config=CompileConfig.model_validate(case.compile),
-        float8=Float8Config.model_validate(case.float8),
+        seq_len=T,
+        parallelism=case.parallelism,
+        activation_checkpoint=case.activation_checkpoint,
+        compile_table=case.compile,
+        float8=case.float8,
         param_dtype=getattr(torch, case.dtype),
-        reduce_dtype=torch.float32,
     )
-    materialize(model, names, config.init, seed=SEED, device=torch.device("cpu"))
-    return model, mesh
 
 
 def rows(step: int) -> tuple[Tensor, SequenceInfo, Tensor]:

@@ -11,15 +11,12 @@ from torch.distributed.tensor import DTensor
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
+from tests.parallel.divided import SEED, divided_decoder
 from titanarch.contract.init import Init, qualified_names
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.models.decoder import Decoder, DecoderConfig
-from titanarch.parallel.apply import materialize, parallelize
-from titanarch.parallel.check import decide_division
-from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
-V, T, SEED = 40, 12, 3
+V, T = 40, 12
 TABLE: dict[str, Any] = {
     "n_layers": 2,
     "d_model": 16,
@@ -39,45 +36,26 @@ def bare_model() -> Decoder:
     return model
 
 
-def sharded_model(parallelism: ParallelismConfig, checkpointing: str, dtype: torch.dtype) -> Decoder:
-    config = DecoderConfig.model_validate(TABLE)
-    with torch.device("meta"):
-        model = Decoder(config, V, T)
-    names = qualified_names(model)
-    degrees = resolve_degrees(parallelism, dist.get_world_size())
-    mesh = build_mesh(degrees, "cpu")
-    parallelize(
-        model,
-        mesh,
-        decide_division(model, parallelism, degrees, seq_len=T, device_type="cpu"),
-        vocab_size=V,
-        parallelism=parallelism,
-        activation_checkpoint=ActivationCheckpointConfig.model_validate({"mode": checkpointing}),
-        compile_config=CompileConfig(),
-        param_dtype=dtype,
-        reduce_dtype=torch.float32,
-    )
-    materialize(model, names, config.init, seed=SEED, device=torch.device("cpu"))
-    return model
-
-
 def rows() -> tuple[Tensor, Tensor]:
     tokens = torch.randint(V, (4, T + 1), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def plain_name(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")
-
-
 def whole(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {plain_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in parameters.items()}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in parameters.items()}
 
 
 def one_step(replicate: int, checkpointing: str, dtype_name: str) -> dict[str, Any]:
     """Weights, loss and gradients of a step on this process's share of four rows, two micro-batches where it has two."""
     dtype = getattr(torch, dtype_name)
-    model = sharded_model(ParallelismConfig(data_parallel_replicate_degree=replicate), checkpointing, dtype)
+    model, _ = divided_decoder(
+        TABLE,
+        vocab_size=V,
+        seq_len=T,
+        parallelism={"data_parallel_replicate_degree": replicate},
+        activation_checkpoint={"mode": checkpointing},
+        param_dtype=dtype,
+    )
     weights = whole(dict(model.named_parameters()))
     n, rank = dist.get_world_size(), dist.get_rank()
     tokens, labels = (x.tensor_split(n)[rank] for x in rows())

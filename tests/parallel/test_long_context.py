@@ -8,13 +8,8 @@ from torch import Tensor
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
-from titanarch.contract.init import qualified_names
+from tests.parallel.divided import divided_decoder
 from titanarch.contract.sequence import SequenceInfo
-from titanarch.models.decoder import Decoder, DecoderConfig
-from titanarch.parallel.apply import materialize, parallelize
-from titanarch.parallel.check import decide_division
-from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
 T, VOCAB = 1024, 64
 MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "position": {"relative": "alibi"}, "channel": {"kind": "mlp", "activation": "gelu"}}
@@ -22,23 +17,7 @@ MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "position": {"relative": "a
 
 def kept_bytes(parallelism: dict[str, Any]) -> tuple[int, float]:
     """Bytes that a forward keeps for its backward, each storage once; and the loss summed over all processes."""
-    config, layout = DecoderConfig.model_validate(MODEL), ParallelismConfig.model_validate(parallelism)
-    with torch.device("meta"):
-        model = Decoder(config, VOCAB, T)
-    names = qualified_names(model)
-    degrees = resolve_degrees(layout, dist.get_world_size())
-    parallelize(
-        model,
-        build_mesh(degrees, "cpu"),
-        decide_division(model, layout, degrees, seq_len=T, device_type="cpu"),
-        vocab_size=VOCAB,
-        parallelism=layout,
-        activation_checkpoint=ActivationCheckpointConfig(),
-        compile_config=CompileConfig(),
-        param_dtype=torch.float32,
-        reduce_dtype=torch.float32,
-    )
-    materialize(model, names, config.init, seed=1, device=torch.device("cpu"))
+    model, _ = divided_decoder(MODEL, vocab_size=VOCAB, seq_len=T, parallelism=parallelism)
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Run:
         self.vocab_size = int(getattr(config.model, "vocab_size", 0))
         built = setup.build_model(config, processes, self.vocab_size)
         self.alone, self.model, self.step_number = alone, built.model, 0
-        parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
         self.optimizers = build_optimizers(config.optimizer, list(parameters.items()), built.roles)
         self.gradients: dict[str, Tensor] = {} if gradients is None else gradients
         scaler = LossScaler(enabled=False)
@@ -172,11 +172,6 @@ class RecordingClipper(GradientClipper):
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 self.into[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
         return super().clip(divide_by)
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter in the bare model."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 @cache

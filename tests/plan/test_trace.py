@@ -13,7 +13,7 @@ from titanarch.config.load import load_config
 from titanarch.contract.model import MODELS
 from titanarch.plan.fit import vocab_size_of
 from titanarch.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger
-from titanarch.plan.trace import StepTrace, axis_names, named_parameters, synthetic_batch, trace_step
+from titanarch.plan.trace import StepTrace, axis_names, synthetic_batch, trace_step
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
@@ -99,7 +99,7 @@ def _real_step(config: RunConfig) -> dict[str, float]:
         ledger.phase = "build"
         processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
         built = build_model(config, processes, vocab_size_of(config))
-        optimizers = build_optimizers(config.optimizer, named_parameters(built), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
         scaler = LossScaler(enabled=False)
         clipper, guard = GradientClipper(built.model.parameters(), 1.0), NonFiniteGuard("stop", scaler)
         step = TrainStep(

@@ -4,7 +4,8 @@ Shapes: B rows, T tokens on this process, N tokens of a whole row.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ class SequenceInfo:
         shifted = self.halo.shift(x, n)
         outside = (self.position_BT < n).reshape(*self.position_BT.shape, *[1] * (x.dim() - 2))
         return shifted.masked_fill(outside, 0)
+
+    def some(self, pick: Callable[[Tensor, int], Tensor]) -> "SequenceInfo":
+        """Some of the tokens here: ``pick(x, dim)`` takes theirs along the dimension of ``x`` that counts tokens."""
+        position_BT, document_BT = pick(self.position_BT, 1), pick(self.document_BT, 1)
+        return replace(self, position_BT=position_BT, document_BT=document_BT, index_T=pick(self.index_T, 0), cu_seqlens=None)
 
     @staticmethod
     def whole(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Split:
     PER_HEAD: ClassVar[Split]
     SHARED: ClassVar[Split]
     REPLICATED: ClassVar[Split]
+
+    def count(self, config: Any) -> int:
+        """The heads or hidden units of a COLUMN layer of a component with this Config: those of ``n_heads`` where it has no other."""
+        return int(getattr(config, self.heads) or config.n_heads)
 
     def __call__(self, heads: str) -> Split:
         return replace(self, heads=heads)

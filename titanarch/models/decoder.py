@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, D model dim, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +140,7 @@ class Decoder(Model):
 
     def step(self, tokens_B1: Tensor, index: int, states: list[State]) -> tuple[Tensor, list[State]]:
         whole = SequenceInfo.whole(tokens_B1.shape[0], index + 1, device=tokens_B1.device)
-        last = replace(
-            whole, position_BT=whole.position_BT[:, -1:], document_BT=whole.document_BT[:, -1:], index_T=whole.index_T[-1:], packed=False
-        )
+        last = whole.some(lambda x, dim: x.narrow(dim, index, 1))
         x, carry, new_states = self._embed(tokens_B1, last), Carry.empty(), []
         for layer, (block, state) in enumerate(zip(self.bare_blocks, states, strict=True)):
             mixing = MixSequence(query=last, key=whole, site=layer)

@@ -60,30 +60,15 @@ class ContextLayout:
         """This process's part of ``seq``, whose rows are whole. ValueError where they cannot be divided."""
         if seq.length % self.n_parts:
             raise ValueError(f"{seq.length} tokens cannot be divided into {self.n_parts} parts")
-        return replace(
-            seq,
-            position_BT=self.own(seq.position_BT, 1),
-            document_BT=self.own(seq.document_BT, 1),
-            index_T=self.own(seq.index_T, 0),
-            contiguous=seq.contiguous and not self.head_tail,
-            cu_seqlens=None,
-            halo=ContextHalo(self),
-            undivided=seq,
-        )
+        contiguous = seq.contiguous and not self.head_tail
+        return replace(seq.some(self.own), contiguous=contiguous, halo=ContextHalo(self), undivided=seq)
 
 
 def part_of(seq: SequenceInfo, number: int, n_parts: int) -> SequenceInfo:
     """Part ``number`` of the ``n_parts`` equal ones that ``seq`` is made of, each of consecutive tokens."""
     if n_parts == 1:
         return seq
-    return replace(
-        seq,
-        position_BT=seq.position_BT.chunk(n_parts, 1)[number],
-        document_BT=seq.document_BT.chunk(n_parts, 1)[number],
-        index_T=seq.index_T.chunk(n_parts)[number],
-        contiguous=True,
-        cu_seqlens=None,
-    )
+    return replace(seq.some(lambda x, dim: x.chunk(n_parts, dim)[number]), contiguous=True)
 
 
 class ContextHalo(Halo):

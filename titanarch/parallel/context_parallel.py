@@ -176,9 +176,7 @@ def query_heads(mixer: SequenceMixer) -> int:
 
 def first_tokens(seq: SequenceInfo, end: int) -> SequenceInfo:
     """The first ``end`` tokens of whole rows, as keys."""
-    if end == seq.length:
-        return seq
-    return replace(seq, position_BT=seq.position_BT[:, :end], document_BT=seq.document_BT[:, :end], index_T=seq.index_T[:end])
+    return seq if end == seq.length else seq.some(lambda x, dim: x.narrow(dim, 0, end))
 
 
 def choose_method(mixer: SequenceMixer, wanted: str, *, degree: int, n_shares: int = 1) -> tuple[ContextParallel | None, list[str]]:

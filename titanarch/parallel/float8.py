@@ -89,8 +89,7 @@ def _shape_here(linear: Linear, component: SequenceMixer | ChannelMixer, child: 
     if split.kind == "row":
         return d_out, d_in // tp
     if split.kind == "column":
-        count = int(getattr(component.config, split.heads) or component.config.n_heads)
-        return (d_out // tp if count % tp == 0 else d_out), d_in
+        return (d_out // tp if split.count(component.config) % tp == 0 else d_out), d_in
     return d_out, d_in
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from titanarch.contract.model import Model, Objective
 from titanarch.contract.sequence import SequenceInfo
+from titanarch.ops.cross_entropy import IGNORED
 from titanarch.parallel.collectives import gather_sequence
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.mesh import Mesh
-
-IGNORED = -100
 
 
 class SequenceDivision:
@@ -36,14 +35,7 @@ class SequenceDivision:
             tokens_BT, seq = self.layout.own(tokens_BT, 1), self.layout.divide(seq)
         if self.tensor_group is not None:
             n, rank = self.tensor_group.size(), self.tensor_group.rank()
-            seq = replace(
-                seq,
-                position_BT=seq.position_BT.chunk(n, 1)[rank],
-                document_BT=seq.document_BT.chunk(n, 1)[rank],
-                index_T=seq.index_T.chunk(n)[rank],
-                cu_seqlens=None,
-                undivided=seq,
-            )
+            seq = replace(seq.some(lambda x, dim: x.chunk(n, dim)[rank]), undivided=seq)
         return tokens_BT, seq
 
     def own(self, x_BT: Tensor, *, fill: int) -> Tensor:

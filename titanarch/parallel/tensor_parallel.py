@@ -121,11 +121,12 @@ def _split_child(split: Split, child: nn.Module, component: Mixing, mesh: Device
         child.degree = mesh.size()
         child.reduce = lambda x: sum_gradients(sum_parts(x, group), group)
     elif split.kind == "column":
-        is_divided = _count(component, split) % mesh.size() == 0
+        n_units = split.count(component.config)
+        is_divided = n_units % mesh.size() == 0
         if isinstance(component, ChannelMixer):
             if not is_divided:
-                raise ValueError(f"{type(component).__qualname__}: {_count(component, split)} hidden units, {mesh.size()} processes")
-            component.first_unit = _count(component, split) // mesh.size() * group.rank()
+                raise ValueError(f"{type(component).__qualname__}: {n_units} hidden units, {mesh.size()} processes")
+            component.first_unit = n_units // mesh.size() * group.rank()
         for name, _ in list(child.named_parameters()):
             _distribute(child, name, mesh, 0 if is_divided else None)
     elif split.kind == "row":
@@ -137,12 +138,6 @@ def _split_child(split: Split, child: nn.Module, component: Mixing, mesh: Device
     elif split.kind == "shared":
         for name, _ in list(child.named_parameters()):
             _distribute(child, name, mesh, None)
-
-
-def _count(component: Mixing, split: Split) -> int:
-    """The heads or hidden units that a COLUMN layer's outputs belong to."""
-    config = component.config
-    return int(getattr(config, split.heads) or config.n_heads)
 
 
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) -> None:

@@ -7,7 +7,6 @@ model is laid out by ``train.setup.lay_out`` and stepped by ``train.step.TrainSt
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ def _traced(config: RunConfig, built: LaidOut) -> StepTrace:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Ledger(fake=fake) as ledger:
         ledger.phase = "build"
         built.model.to_empty(device="cpu")
-        optimizers = build_optimizers(config.optimizer, named_parameters(built), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
         _make_states(optimizers, ledger)
         step = _train_step(config, built, optimizers, ledger)
         _watch_micro_batches(built, ledger, len(batches))
@@ -122,11 +121,6 @@ def _traced(config: RunConfig, built: LaidOut) -> StepTrace:
         formulas=formula_bytes(config, built, rows=rows, n_micro_batches=n_micro_batches),
         notes=built.notes,
     )
-
-
-def named_parameters(built: LaidOut) -> list[tuple[str, Any]]:
-    """Parameters by their names in the bare model."""
-    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in built.model.named_parameters()]
 
 
 def synthetic_batch(n_rows: int, length: int) -> Batch:

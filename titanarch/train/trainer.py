@@ -48,7 +48,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         built = build_model(config, processes, vocabulary(config, self.tokenizer.vocab_size))
         self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
-        self.optimizers = build_optimizers(config.optimizer, self._named_parameters(), built.roles)
+        self.optimizers = build_optimizers(config.optimizer, self.model.named_parameters(), built.roles)
         self.loader = build_loader(
             config.data,
             tokenizer=self.tokenizer,
@@ -226,10 +226,6 @@ class Trainer:
             elif initial:
                 self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
         return step
-
-    def _named_parameters(self) -> list[tuple[str, Any]]:
-        """Parameters by their names in the bare model, which activation checkpointing changes."""
-        return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in self.model.named_parameters()]
 
     def _evaluate(self) -> dict[str, Any]:
         """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""
