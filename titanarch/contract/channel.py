@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.sequence import SequenceInfo
@@ -23,6 +24,7 @@ class ChannelMixer(nn.Module, ABC):
     """What a block applies to every token. ``seq`` serves those that look at the token before (RWKV)."""
 
     Config: ClassVar[type[ChannelConfig]]
+    card: ClassVar[Card | None] = None
     config: Any
     """Its table, with the sizes filled in that ``tensor_parallel`` names."""
     tensor_parallel: ClassVar[Mapping[str, Split]]
@@ -66,6 +68,7 @@ class Activation(nn.Module, ABC):
     """Applied to [..., F] hidden units; the same shape comes back."""
 
     Config: ClassVar[type[ActivationConfig]]
+    card: ClassVar[Card | None] = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()

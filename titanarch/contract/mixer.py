@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams
@@ -66,6 +67,7 @@ class BaseMixer(nn.Module, ABC):
     """What a block calls. ``SequenceMixer`` and ``LocalMixer`` are the two ways to write one."""
 
     Config: ClassVar[type[MixerConfig]]
+    card: ClassVar[Card | None] = None
     accepts_packed_rows: bool = True
     """Whether documents packed into one row may reach it: they stay apart, or the user lets them mix."""
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import State
@@ -43,6 +44,7 @@ class Model(nn.Module, ABC):
     """
 
     Config: ClassVar[type[ModelConfig]]
+    card: ClassVar[Card | None] = None
     flavors: ClassVar[Mapping[str, Mapping[str, Any]]]
     """Named sizes: defaults of the [model] table."""
     fsdp_units: ClassVar[Literal["blocks", "root"]] = "blocks"

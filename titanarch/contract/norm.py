@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.card import Card
 from titanarch.contract.init import Init
 
 
@@ -17,6 +18,7 @@ class Norm(nn.Module, ABC):
     """Normalizes the last dimension, statistics in fp32."""
 
     Config: ClassVar[type[NormConfig]]
+    card: ClassVar[Card | None] = None
 
     @abstractmethod
     def __init__(self, config: Any, dim: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.shape import ModelShape
@@ -24,6 +25,7 @@ class AbsolutePosition(nn.Module, ABC):
     """Changes the token embeddings by their positions."""
 
     Config: ClassVar[type[AbsolutePositionConfig]]
+    card: ClassVar[Card | None] = None
 
     @abstractmethod
     def __init__(self, config: Any, shape: ModelShape) -> None:
@@ -58,6 +60,7 @@ class RelativePosition(nn.Module, ABC):
     """
 
     Config: ClassVar[type[RelativePositionConfig]]
+    card: ClassVar[Card | None] = None
     has_table: ClassVar[bool] = False
     """Whether ``table`` gives a bias."""
     learned_table: ClassVar[bool] = False

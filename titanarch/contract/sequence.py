@@ -4,7 +4,7 @@ Shapes: B rows, T tokens on this process, N tokens of a whole row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +24,24 @@ class LocalHalo(Halo):
 
     def shift(self, x: Tensor, n: int) -> Tensor:
         return torch.cat([torch.zeros_like(x[:, :n]), x[:, : max(x.shape[1] - n, 0)]], dim=1)
+
+
+class StepHalo(Halo):
+    """Decoding a token at a time: ``x`` is one token, and what came before it was given to ``shift`` in earlier steps.
+
+    The calls of a step come in the same order every time, so each finds its own past by number. ``past``: what the step before
+    left in ``kept``; empty before the first token.
+    """
+
+    def __init__(self, past: Mapping[str, Tensor]) -> None:
+        self.past = past
+        self.kept: dict[str, Tensor] = {}
+
+    def shift(self, x: Tensor, n: int) -> Tensor:
+        name = f"halo.{len(self.kept)}"
+        past = self.past[name] if name in self.past else torch.zeros_like(x).repeat_interleave(n, dim=1)
+        self.kept[name] = torch.cat([past[:, 1:], x], dim=1)
+        return past[:, :1]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D model dim.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import MIXERS, MixerConfig, SequenceMixer, State
 from titanarch.contract.norm import NORMS, Norm, NormConfig
-from titanarch.contract.sequence import MixSequence, SequenceInfo
+from titanarch.contract.sequence import MixSequence, SequenceInfo, StepHalo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.models.dropout import Dropout
@@ -82,12 +83,17 @@ class Block(nn.Module):
         return self._rest(x_BTD, read_BTD, mixed_BTD, seq, carry)
 
     def step(self, x_B1D: Tensor, seq: MixSequence, carry: Carry, state: State) -> tuple[Tensor, Carry, State]:
-        """One token after ``state``, [B, 1, D]: equals that position of ``forward`` on the whole row."""
+        """One token after ``state``, [B, 1, D]: equals that position of ``forward`` on the whole row.
+
+        The state is the mixer's, and what ``seq.query.previous`` was given anywhere in the block.
+        """
         assert isinstance(self.mixer, SequenceMixer), "the model's initial_state checks this"
+        halo = StepHalo(state)
+        seq = replace(seq, query=replace(seq.query, halo=halo))
         read_B1D = self._before("mixer_norm", x_B1D)
         mixed_B1D, carry, state = self.mixer.step(read_B1D, seq, carry, state)
         x, carry = self._rest(x_B1D, read_B1D, mixed_B1D, seq.query, carry)
-        return x, carry, state
+        return x, carry, {**state, **halo.kept}
 
     def _rest(self, x_BTD: Tensor, read_BTD: Tensor, mixed_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
         """The block after its sequence mixer read ``read`` and gave ``mixed``."""
