@@ -169,7 +169,8 @@ def run_cells(cells: Sequence[Task], *, n_processes: int, report: Callable[[Task
         finally:
             team.close()
 
-    for n, dtype in sorted({(task.column.n_processes, task.dtype) for task in cells}):
+    kinds = {(task.column.n_processes, task.dtype) for task in cells}
+    for n, dtype in sorted(kinds, key=lambda kind: (kind[0], kind[1] != "float64")):  # what is compared with comes first
         todo: SimpleQueue[Task] = SimpleQueue()
         for task in cells:
             if (task.column.n_processes, task.dtype) == (n, dtype):

@@ -1,0 +1,59 @@
+"""A short causal convolution of each channel, as recurrent mixers have after their projections (arXiv:2312.00752, section 3.4).
+
+Shapes: B rows, T tokens, C channels, W taps.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from titanarch.contract.cost import Cost
+from titanarch.contract.init import Init
+from titanarch.contract.layers import local
+from titanarch.contract.roles import Kind, Role
+from titanarch.contract.sequence import SequenceInfo
+
+
+class ShortConv(nn.Module):
+    """y_t = sum over n < W of weight[:, W - 1 - n] x_{t-n}, plus a bias; nothing of another document enters.
+
+    The weights lie as in ``nn.Conv1d(C, C, W, groups=C)``, the last one for the token itself. There is no activation. A child of a
+    mixer, called in ``project`` on the output of a COLUMN Linear, it is declared as that Linear is: every parameter is divided
+    along its channels. ``n_channels``: of the whole mixer.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"weight_CW": Role(Kind.VECTOR, decay=True)}
+
+    def __init__(self, n_channels: int, taps: int, *, bias: bool) -> None:
+        super().__init__()
+        assert taps >= 1, f"a convolution of {taps} taps"
+        self.taps = taps
+        self.weight_CW = nn.Parameter(torch.empty(n_channels, taps))
+        self.bias_C = nn.Parameter(torch.empty(n_channels)) if bias else None
+
+    @staticmethod
+    def cost(n_channels: int, taps: int, *, bias: bool) -> Cost:
+        """``state_bytes``: the tokens before, in 2 bytes a channel."""
+        return Cost(n_channels * (taps + bias), 2.0 * n_channels * taps, 2 * n_channels * (taps - 1))
+
+    def reset_parameters(self, init: Init) -> None:
+        """Weight and bias U(+-1/sqrt(W)), as PyTorch's convolutions."""
+        bound = 1 / math.sqrt(self.taps)
+        init.uniform(self, "weight_CW", bound)
+        if self.bias_C is not None:
+            init.uniform(self, "bias_C", bound)
+
+    def forward(self, x_BTC: Tensor, seq: SequenceInfo) -> Tensor:
+        """[B, T, C] to [B, T, C] of the local channels, in x's dtype; sums in fp32 at least."""
+        weight_WC = local(self.weight_CW).to(torch.promote_types(x_BTC.dtype, torch.float32)).t()
+        y = x_BTC * weight_WC[-1]
+        before = x_BTC
+        for n in range(1, self.taps):
+            # Step by step, so that decoding keeps one token for each tap.
+            before = seq.previous(before, 1)
+            y = y + before * weight_WC[-1 - n]
+        if self.bias_C is not None:
+            y = y + local(self.bias_C)
+        return y.to(x_BTC.dtype)
