@@ -119,7 +119,7 @@ def _train_step(config: RunConfig, processes: Processes, vocab_size: int) -> Tra
     scaler = LossScaler(enabled=False)
     return TrainStep(
         model,
-        build_optimizers(config.optimizer, model.named_parameters(), laid_out.roles),
+        build_optimizers(config.optimizer, model.named_parameters(), laid_out.roles, laid_out.growth),
         clipper=GradientClipper(model.parameters(), config.training.max_norm),
         scaler=scaler,
         guard=NonFiniteGuard("stop", scaler),

@@ -85,7 +85,7 @@ def measured(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         built = build_model(config, processes, vocab_size)
-        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles, built.growth)
         scaler = LossScaler(enabled=False)
         step = TrainStep(
             built.model,

@@ -20,6 +20,7 @@ ORDER = (
     ("train",),
     ("plan",),
     ("studies",),
+    ("testing",),
     ("cli",),
 )
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}

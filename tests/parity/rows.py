@@ -33,15 +33,21 @@ BASE: Table = {
 
 @dataclass(frozen=True)
 class Row:
-    """One model. ``model``: keys of [model] beside or instead of BASE. ``imports``: modules that register what it names.
+    """One model. ``model``: keys of [model] beside or instead of ``base``'s. ``imports``: modules that register what it names.
 
-    ``reasons``: why a column (by glob) says nothing of it.
+    ``reasons``: why a column (by glob) says nothing of it. ``base``: keys that rows of one model spec share.
     """
 
     name: str
     model: Table
     imports: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    base: Table = field(default_factory=lambda: BASE)
+
+    @property
+    def table(self) -> Table:
+        """The whole [model] table."""
+        return {**self.base, **self.model}
 
     def reason(self, column: str) -> str | None:
         return next((reason for pattern, reason in self.reasons.items() if fnmatchcase(column, pattern)), None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.parity.columns import Column, Compared
-from tests.parity.rows import BASE, SEQ_LEN, Row
+from tests.parity.rows import SEQ_LEN, Row
 from titanarch.checkpoint.config import CheckpointConfig
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState
@@ -64,7 +64,7 @@ class Outcome:
 
 def configured(row: Row, column: Column, *, resumed: bool = False) -> RunConfig:
     """The configuration of a cell, with its seed filled in."""
-    table: dict[str, Any] = {**RUN, "model": {**BASE, **row.model}}
+    table: dict[str, Any] = {**RUN, "model": row.table}
     for key, value in (column.resumed_keys if resumed else column.keys).items():
         table = _with(table, key.split("."), value)
     return resolve.resolve(RunConfig.model_validate(table), seed=SEED, device_type="cpu")

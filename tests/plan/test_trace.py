@@ -99,7 +99,7 @@ def _real_step(config: RunConfig) -> dict[str, float]:
         ledger.phase = "build"
         processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
         built = build_model(config, processes, vocab_size_of(config))
-        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles, built.growth)
         scaler = LossScaler(enabled=False)
         clipper, guard = GradientClipper(built.model.parameters(), 1.0), NonFiniteGuard("stop", scaler)
         step = TrainStep(

@@ -49,7 +49,7 @@ class Registry(Generic[R]):
             if name in self._components:
                 raise ValueError(f"{self.slot} '{name}' is registered already, by {self._components[name].__qualname__}")
             config = _config_of(component)
-            if config.kind:
+            if vars(config).get("kind"):  # its own: a Config may extend that of another component
                 raise ValueError(f"{config.__qualname__} serves '{config.kind}'; '{name}' needs a Config of its own")
             config.kind = name
             config.kind_key = self.key

@@ -33,8 +33,12 @@ class ChannelMixer(nn.Module, ABC):
     """The Linears that may go to float8."""
     fp32: ClassVar[frozenset[str]] = frozenset()
     """Children that stay fp32 in compute."""
+    second_derivatives: ClassVar[bool] = False
+    """Whether it looks at each token alone and can be differentiated twice, as energy-based models do."""
     first_unit: int = 0
     """Number of the first hidden unit on this process among all of them; parallel/ sets it where it divides them."""
+    share: float = 1.0
+    """What an auxiliary loss counts in the gradient here; parallel/ sets it where several processes compute it alike."""
 
     @abstractmethod
     def __init__(self, config: Any, shape: ModelShape, layer: int) -> None:
@@ -59,6 +63,9 @@ class ChannelMixer(nn.Module, ABC):
         out: Tensor = self(x_BTD, seq)
         return out, carry
 
+    def after_update(self) -> None:
+        """Called after every update of the parameters, on all processes."""
+
 
 class ActivationConfig(ComponentConfig):
     """The table of one activation."""
@@ -69,6 +76,8 @@ class Activation(nn.Module, ABC):
 
     Config: ClassVar[type[ActivationConfig]]
     card: ClassVar[Card | None] = None
+    unit_group: int | None = 1
+    """How many consecutive units it reads together, so that only whole groups can be divided; None: all units."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -9,13 +9,14 @@ class Cost:
 
     FLOPs count matrix products and visible keys only. Training costs three times the forward; the factor is
     applied once, by ``training_flops_per_token``. ``embedding_parameters`` are those of the token embedding and an
-    untied head, which matched comparisons leave out.
+    untied head, which matched comparisons leave out; ``idle_parameters`` those that a token does not meet (experts it did not choose).
     """
 
     parameters: int = 0
     forward_flops_per_token: float = 0.0
     state_bytes: int = 0
     embedding_parameters: int = 0
+    idle_parameters: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -23,11 +24,17 @@ class Cost:
             self.forward_flops_per_token + other.forward_flops_per_token,
             self.state_bytes + other.state_bytes,
             self.embedding_parameters + other.embedding_parameters,
+            self.idle_parameters + other.idle_parameters,
         )
 
     @property
     def non_embedding_parameters(self) -> int:
         return self.parameters - self.embedding_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token is computed with."""
+        return self.parameters - self.idle_parameters
 
     @property
     def training_flops_per_token(self) -> float:

@@ -4,6 +4,7 @@ Each parameter is drawn on the CPU, in fp32, on its global shape, from a generat
 parameter's qualified name, then cut to what this process holds.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titanarch.config.section import Section
+from titanarch.contract.growth import Growth
 
 Draw = Callable[[torch.Size, torch.Generator], Tensor]
 Scheme = Literal["gpt2", "pytorch", "depth_scaled"]
@@ -39,23 +41,33 @@ def qualified_names(model: nn.Module) -> dict[nn.Module, str]:
 class Init:
     """Fills parameters. ``reset_parameters(init)`` of a component calls it for every parameter it owns.
 
-    names: from ``qualified_names`` of the bare model. seed: the run's. n_layers: blocks in the model.
+    names: from ``qualified_names`` of the bare model. seed: the run's. n_layers: blocks in the model. growth: of parameters by name
+    against a base model (see contract.width); ``linear`` and ``residual_output`` heed it, other draws are their component's own.
     """
 
-    def __init__(self, config: InitConfig, *, names: Mapping[nn.Module, str], seed: int, n_layers: int) -> None:
+    def __init__(
+        self, config: InitConfig, *, names: Mapping[nn.Module, str], seed: int, n_layers: int, growth: Mapping[str, Growth] | None = None
+    ) -> None:
         self.config = config
         self.n_layers = n_layers
+        self._growth = growth or {}
         self._names = names
         self._seed = seed
         self.filled: set[str] = set()
 
+    def with_depth(self, n_layers: int) -> "Init":
+        """The same for a part of the model whose residual stream is written by so many blocks."""
+        init = copy.copy(self)
+        init.n_layers = n_layers
+        return init
+
     def linear(self, module: nn.Linear) -> None:
         """A linear layer's weight and bias by the scheme."""
-        fan_in = module.in_features
+        fan_in, factor = module.in_features, self.width_factor(module, "weight")
         if self.config.scheme == "pytorch":
-            self.uniform(module, "weight", 1 / math.sqrt(fan_in))
+            self.uniform(module, "weight", factor / math.sqrt(fan_in))
         else:
-            self.normal(module, "weight", self.config.std)
+            self.normal(module, "weight", self.config.std * factor)
         self._bias(module, fan_in)
 
     def residual_output(self, module: nn.Linear, layer: int) -> None:
@@ -63,8 +75,21 @@ class Init:
         if self.config.scheme == "pytorch":
             return self.linear(module)
         depth = self.n_layers if self.config.scheme == "gpt2" else layer + 1
-        self.normal(module, "weight", self.config.std / math.sqrt(2 * depth))
+        self.normal(module, "weight", self.config.std * self.width_factor(module, "weight") / math.sqrt(2 * depth))
         return self._bias(module, module.in_features)
+
+    def matrices(self, module: nn.Module, name: str, *, residual_of: int | None = None) -> None:
+        """Parameter ``name``, [..., d_out, d_in], as linear layers' weights; ``residual_of``: they write to the stream in that block."""
+        factor = self.width_factor(module, name)
+        if self.config.scheme == "pytorch":
+            return self.uniform(module, name, factor / math.sqrt(module.get_parameter(name).shape[-1]))
+        return self.normal(module, name, self.config.std * factor * (1.0 if residual_of is None else self.residual_factor(residual_of)))
+
+    def residual_factor(self, layer: int) -> float:
+        """What the scheme multiplies the spread of residual outputs of block ``layer`` by."""
+        if self.config.scheme == "pytorch":
+            return 1.0
+        return 1 / math.sqrt(2 * (self.n_layers if self.config.scheme == "gpt2" else layer + 1))
 
     def embedding(self, module: nn.Embedding) -> None:
         """A table of vectors by the scheme: N(0, 1) for pytorch, else N(0, std)."""
@@ -81,12 +106,20 @@ class Init:
 
     def fill(self, module: nn.Module, name: str, draw: Draw) -> None:
         """Set parameter ``name`` of ``module`` to ``draw(global shape, generator)``."""
-        prefix = self._names[module]
-        qualified = f"{prefix}.{name}" if prefix else name
+        qualified = self._qualified(module, name)
         parameter = module.get_parameter(name)
         value = draw(parameter.shape, name_keyed_generator(self._seed, qualified))
         _assign(parameter, value)
         self.filled.add(qualified)
+
+    def width_factor(self, module: nn.Module, name: str) -> float:
+        """Of the scheme's spread for parameter ``name`` at this width; the scheme ``pytorch`` divides by sqrt(fan-in) by itself."""
+        growth = self._growth.get(self._qualified(module, name), Growth())
+        return growth.std_factor * (math.sqrt(growth.fan_in) if self.config.scheme == "pytorch" else 1.0)
+
+    def _qualified(self, module: nn.Module, name: str) -> str:
+        prefix = self._names[module]
+        return f"{prefix}.{name}" if prefix else name
 
     def _bias(self, module: nn.Linear, fan_in: int) -> None:
         if module.bias is None:

@@ -84,6 +84,13 @@ class BaseMixer(nn.Module, ABC):
     def run(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
         """What is added to the residual stream, [B, T, D], and the carry for later blocks."""
 
+    def grow_from(self, base: Any) -> None:
+        """Become what this mixer is at its width when its settings were found on ``base``, the same one at another width.
+
+        For the maximal update parametrization, which scales weights by itself; override where more depends on a size, such as
+        the scale of products of growing heads.
+        """
+
 
 class SequenceMixer(BaseMixer):
     """A mixer in three steps: ``project`` to streams of heads, ``mix`` along the sequence, ``merge`` to the model.

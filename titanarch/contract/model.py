@@ -4,19 +4,23 @@ Shapes: B rows, T tokens, D model dim, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
 from titanarch.contract.card import Card
+from titanarch.contract.channel import ChannelMixer
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import State
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Aux
 from titanarch.contract.vocabulary import Vocabulary
+
+
+Technique = Literal["context_parallel", "sequence_parallel"]
 
 
 class ModelConfig(ComponentConfig):
@@ -37,6 +41,11 @@ class Objective(NamedTuple):
     aux: Mapping[str, Aux]
 
 
+def _of_all_rows(value: Tensor) -> Tensor:
+    """All rows are here."""
+    return value
+
+
 class Model(nn.Module, ABC):
     """Token embedding, blocks, final norm, head. Embedding, head and loss run inside the root's forward.
 
@@ -53,6 +62,13 @@ class Model(nn.Module, ABC):
     """Names of the parameters whose dimension 0 is the vocabulary, where the model has them."""
     vocabulary: Vocabulary = Vocabulary()
     """Embeds tokens and says which are scored here; parallel/ replaces it."""
+    refuses: ClassVar[Mapping[Technique, str]] = {}
+    """Why a way to divide sequences cannot be used with this model, as the end of a sentence."""
+    sum_over_rows: Callable[[Tensor], Tensor] = staticmethod(_of_all_rows)
+    """Sums a tensor without gradient, which it may overwrite, over the processes that have other rows; parallel/ replaces it."""
+
+    output_multiplier: float = 1.0
+    """Factor of what the head reads; the maximal update parametrization sets it."""
 
     @abstractmethod
     def __init__(self, config: Any, vocab_size: int, seq_len: int) -> None:
@@ -85,7 +101,10 @@ class Model(nn.Module, ABC):
         """Next-token logits, fp32 [B, T, V]."""
 
     def after_update(self) -> None:
-        """Called after every update of the parameters; parallel/ may replace it."""
+        """Called after every update of the parameters; parallel/ may add to it."""
+        for module in self.modules():
+            if isinstance(module, ChannelMixer):
+                module.after_update()
 
     def max_length(self) -> int | None:
         """Longest row the model can read, tokens, or None where any length works."""

@@ -44,6 +44,13 @@ class HasRoles(Protocol):
     roles: ClassVar[dict[str, Role]]
 
 
+@runtime_checkable
+class HasLearningRate(Protocol):
+    """A module whose parameters, all below it, are the learning-rate group ``lr_group``; None leaves them as their roles say."""
+
+    lr_group: str | None
+
+
 def role_of(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
     """The declared role of ``module``'s own parameter ``name``, else by its shape: matrices are HIDDEN."""
     if isinstance(module, HasRoles) and name in module.roles:
@@ -55,8 +62,13 @@ def role_of(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
 
 def roles_of(model: nn.Module) -> dict[str, Role]:
     """Every parameter's role by its qualified name."""
-    return {
+    roles = {
         (f"{prefix}.{name}" if prefix else name): role_of(module, name, parameter)
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+    for prefix, module in model.named_modules():
+        if isinstance(module, HasLearningRate) and module.lr_group is not None:
+            below = [name for name in roles if name.startswith(f"{prefix}.")]
+            roles |= {name: roles[name].with_lr_group(module.lr_group) for name in below}
+    return roles

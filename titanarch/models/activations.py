@@ -1,5 +1,6 @@
 """Activations: what makes hidden units nonlinear."""
 
+import math
 from typing import Literal
 
 import torch
@@ -131,7 +132,10 @@ class Mixed(Activation):
     def __init__(self, config: MixedConfig) -> None:
         super().__init__(config)
         self.names = config.activations
-        self.parts = nn.ModuleList(ACTIVATIONS[name](ACTIVATIONS[name].Config()) for name in self.names)
+        parts = [ACTIVATIONS[name](ACTIVATIONS[name].Config()) for name in self.names]
+        self.parts = nn.ModuleList(parts)
+        groups = [part.unit_group for part in parts if part.unit_group is not None]
+        self.unit_group = len(parts) * math.lcm(*groups) if len(groups) == len(parts) else None
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.parts)

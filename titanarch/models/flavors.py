@@ -5,7 +5,7 @@ the march notes; gpt_* follow GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1); lla
 (arXiv:2407.21783).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from titanarch.contract.mixer import MIXERS
@@ -64,9 +64,14 @@ def complete(table: Table) -> Table:
     flavor = table.get("flavor")
     if isinstance(flavor, str) and flavor in FLAVORS:
         table = with_defaults(table, FLAVORS[flavor])
-    mixers = table.get("mixers", {})
     layers = table.get("layers", ("attention",))
-    if not isinstance(mixers, dict) or not isinstance(layers, list | tuple):
+    return complete_mixers(table, layers) if isinstance(layers, list | tuple) else table
+
+
+def complete_mixers(table: Table, layers: Sequence[Any]) -> Table:
+    """A [model] table with a table for each mixer that it describes or that ``layers`` names, and inherited keys."""
+    mixers = table.get("mixers", {})
+    if not isinstance(mixers, dict):
         return table
     names = dict.fromkeys([name for name in layers if isinstance(name, str)] + list(mixers))
     return {**table, "mixers": {name: _complete_mixer(name, mixers.get(name, {}), table) for name in names}}

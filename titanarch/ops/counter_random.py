@@ -153,6 +153,12 @@ def uniform_integers(seed: int, row_B: Tensor, site: int, high: int) -> Tensor:
     return ((row_keys(seed, row_B, site) & _WORD) * high) >> 32
 
 
+def uniform(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
+    """float32 [B, T, C], uniform over (0, 1): odd multiples of 2**-25."""
+    key_BT = token_keys(seed, row_B, index_T, site)
+    return _unit_interval(random_bits(key_BT, _channel_words(n_channels, first_channel, key_BT.device)))
+
+
 def normal(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
     """float32 [B, T, C], standard normal by Box and Muller: ``sqrt(-2 ln u) cos(2 pi v)``, |x| < 5.9.
 
@@ -160,9 +166,11 @@ def normal(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: 
     """
     key_BT = token_keys(seed, row_B, index_T, site)
     words = _channel_words(2 * n_channels, 2 * first_channel, key_BT.device)
-    radius, angle = (
-        # Two additions: 2**23 + 0.5 has no float32, and u = 0 would give infinity.
-        ((random_bits(key_BT, words[i::2]) >> 8).to(torch.float32).add_(2.0**23).add_(0.5)) * 2.0**-24
-        for i in (0, 1)
-    )
+    radius, angle = (_unit_interval(random_bits(key_BT, words[i::2])) for i in (0, 1))
     return torch.sqrt(-2.0 * torch.log(radius)) * torch.cos((2.0 * math.pi) * angle)
+
+
+def _unit_interval(bits: Tensor) -> Tensor:
+    """The upper 24 of 32 random bits as float32 in (0, 1)."""
+    # Two additions: 2**23 + 0.5 has no float32, and u = 0 would give infinity.
+    return ((bits >> 8).to(torch.float32).add_(2.0**23).add_(0.5)) * 2.0**-24

@@ -1,10 +1,11 @@
 """From a model on the meta device to one laid out over processes, with the weights that its seed gives."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from titanarch.contract.growth import Growth
 from titanarch.contract.init import Init, InitConfig, qualified_names
 from titanarch.contract.mixer import BaseMixer, SequenceMixer
 from titanarch.contract.model import Model
@@ -19,6 +20,7 @@ from titanarch.parallel.fsdp import apply_fsdp
 from titanarch.parallel.mesh import Mesh
 from titanarch.parallel.sequence_division import SequenceDivision, divide_sequences
 from titanarch.parallel.tensor_parallel import divide_model
+from titanarch.parallel.token_counts import sum_token_counts
 
 
 def parallelize(
@@ -56,6 +58,7 @@ def parallelize(
             sequence_parallel=parallelism.enable_sequence_parallel,
             loss_parallel=parallelism.enable_loss_parallel,
         )
+    sum_token_counts(model, mesh)
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile_config.enable:
         apply_compile(model, compile_config)
@@ -70,13 +73,21 @@ def parallelize(
         divide_sequences(model, SequenceDivision(mesh, layout, sequence_parallel=parallelism.enable_sequence_parallel))
 
 
-def materialize(model: Model, names: dict[nn.Module, str], config: InitConfig, *, seed: int, device: torch.device) -> None:
+def materialize(
+    model: Model,
+    names: dict[nn.Module, str],
+    config: InitConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    growth: Mapping[str, Growth] | None = None,
+) -> None:
     """Allocate ``model`` on ``device`` and draw its weights by name.
 
-    ``names``: from ``qualified_names`` of the bare model, before ``parallelize``.
+    ``names``: from ``qualified_names`` of the bare model, before ``parallelize``. ``growth``: see contract.width.
     """
     model.to_empty(device=device)
-    init = Init(config, names=names, seed=seed, n_layers=sum(1 for _ in model.blocks()))
+    init = Init(config, names=names, seed=seed, n_layers=sum(1 for _ in model.blocks()), growth=growth)
     model.reset_parameters(init)
     forgotten = parameter_names(model.modules(), names) - init.filled
     assert not forgotten, f"reset_parameters of {type(model).__qualname__} left out {sorted(forgotten)}"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from titanarch.config.errors import ConfigError, Problem
-from titanarch.contract.channel import ChannelMixer
+from titanarch.contract.channel import Activation, ChannelMixer
 from titanarch.contract.layers import HeadNorm
+from titanarch.contract.linear import LinearLayer
 from titanarch.contract.mixer import BaseMixer, LocalMixer, SequenceMixer
 from titanarch.contract.model import Model
 from titanarch.contract.split import ContextParallel
@@ -34,7 +35,7 @@ def decide_division(model: Model, config: ParallelismConfig, degrees: Degrees, *
 
     ``seq_len``: tokens of a training row; None where rows of any length are only evaluated, which are padded.
     """
-    problems = list(_tensor_problems(model, config, degrees, device_type))
+    problems = [*_refusals(model, config, degrees), *_tensor_problems(model, config, degrees, device_type)]
     methods, notes = [], []
     for mixer in _mixers(model):
         method, reasons = _method(mixer, config, degrees)
@@ -92,6 +93,15 @@ def technique_problems(
     return [*problems, *float8_problems(model, float8, degrees, seq_len=seq_len, device_type=device_type)]
 
 
+def _refusals(model: Model, config: ParallelismConfig, degrees: Degrees) -> Iterator[Problem]:
+    """What the model itself cannot bear."""
+    name = type(model).__qualname__
+    if degrees.cp > 1 and "context_parallel" in model.refuses:
+        yield Problem(f"{name} cannot be divided: {model.refuses['context_parallel']}; use 1", "parallelism.context_parallel_degree")
+    if degrees.tp > 1 and config.enable_sequence_parallel and "sequence_parallel" in model.refuses:
+        yield Problem(f"{name} cannot be divided: {model.refuses['sequence_parallel']}; use false", "parallelism.enable_sequence_parallel")
+
+
 def _mixers(model: Model) -> list[BaseMixer]:
     """In the order of the blocks."""
     return [module for module in model.modules() if isinstance(module, BaseMixer)]
@@ -120,12 +130,12 @@ def _tensor_problems(model: Model, config: ParallelismConfig, degrees: Degrees, 
     if model.fsdp_units == "root":
         yield Problem("this model differentiates inside its forward, where tensor parallelism cannot follow; use 1", key)
     for module in model.modules():
-        reason = _why_not_divided(module, degrees.tp)
+        reason = why_not_divided(module, degrees.tp)
         if reason:
             yield Problem(f"{type(module).__qualname__} cannot be divided among {degrees.tp} processes: {reason}", key)
 
 
-def _why_not_divided(module: nn.Module, degree: int) -> str:
+def why_not_divided(module: nn.Module, degree: int) -> str:
     """Why tensor parallelism cannot divide a component; empty where it can."""
     if isinstance(module, LocalMixer):
         return "it is a LocalMixer, which declares nothing"
@@ -139,6 +149,12 @@ def _why_not_divided(module: nn.Module, degree: int) -> str:
             n_units = getattr(module.config, field)
             if n_units % degree:
                 return f"{n_units} hidden units ({field}) are no multiple of it"
+            for part in module.modules():
+                if isinstance(part, Activation) and n_units > 0 and (part.unit_group is None or n_units // degree % part.unit_group):
+                    group = "all units" if part.unit_group is None else f"groups of {part.unit_group} units"
+                    return f"{type(part).__qualname__} reads {group} together, and a process has {n_units // degree} of {n_units}"
+    if isinstance(module, LinearLayer):
+        return module.why_not_divided
     if isinstance(module, HeadNorm) and module.n_groups > 1 and module.n_groups % degree:
         return f"its {module.n_groups} groups are neither 1 nor a multiple of it"
     return ""

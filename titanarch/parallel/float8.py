@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from titanarch.config.errors import Problem, did_you_mean
 from titanarch.contract.channel import ChannelMixer
 from titanarch.contract.layers import Linear, Multiply
+from titanarch.contract.linear import LinearLayer
 from titanarch.contract.mixer import LocalMixer, SequenceMixer
 from titanarch.contract.model import Model
 from titanarch.parallel.config import Float8Config
@@ -42,6 +43,8 @@ def chosen_linears(model: Model, config: Float8Config) -> Iterator[Chosen]:
         if isinstance(component, SequenceMixer | ChannelMixer):
             for child in sorted(component.float8 & component._modules.keys()):
                 linear, name = component.get_submodule(child), f"{prefix}.{child}"
+                if isinstance(linear, LinearLayer) and not linear.takes_float8:
+                    continue
                 assert isinstance(linear, Linear), f"{name}: float8 is declared for Linears only"
                 if not any(part in name for part in config.filter_fqns):
                     yield name, linear, component
@@ -133,7 +136,13 @@ def precompute_scales(model: Model, config: Float8Config, group: ProcessGroup) -
     ``group``: the processes among which FSDP divides a weight.
     """
     weights = [linear for _, linear, _ in chosen_linears(model, config)]
-    model.after_update = PrecomputedScales(weights, group)  # type: ignore[method-assign]
+    update, scales = model.after_update, PrecomputedScales(weights, group)
+
+    def after_update() -> None:
+        update()
+        scales()
+
+    model.after_update = after_update  # type: ignore[method-assign]
 
 
 class Float8Product:

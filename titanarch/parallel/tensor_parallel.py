@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from titanarch.contract.channel import ChannelMixer
+from titanarch.contract.experts import Experts
 from titanarch.contract.layers import HeadNorm, Linear
 from titanarch.contract.mixer import Mix, MixResult, SequenceMixer, Streams
 from titanarch.contract.model import Model
@@ -83,6 +84,8 @@ def apply_tensor_parallel(component: Mixing, mesh: DeviceMesh, *, sequence_paral
         if _declared(component, name) != Split.SHARED:
             raise ValueError(f"{type(component).__qualname__}.{name}: a parameter outside HeadParams can only be SHARED")
         _distribute(component, name, mesh, None)
+    if isinstance(component, ChannelMixer):
+        component.share = 1 / degree
     if isinstance(component, SequenceMixer):
         n_query_heads = max(stream.n_heads for stream in component.declared_streams.values())
         if n_query_heads % degree:
@@ -120,6 +123,10 @@ def _split_child(split: Split, child: nn.Module, component: Mixing, mesh: Device
     if isinstance(child, HeadNorm):
         child.degree = mesh.size()
         child.reduce = lambda x: sum_gradients(sum_parts(x, group), group)
+    elif isinstance(child, Experts):
+        for name, dim in child.hidden_dims.items():
+            _distribute(child, name, mesh, dim)
+        child.reduce_output = lambda x: scatter_sum_sequence(x, group) if sequence_parallel else sum_parts(x, group)
     elif split.kind == "column":
         n_units = split.count(component.config)
         is_divided = n_units % mesh.size() == 0

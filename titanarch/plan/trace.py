@@ -101,7 +101,7 @@ def _traced(config: RunConfig, built: LaidOut) -> StepTrace:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Ledger(fake=fake) as ledger:
         ledger.phase = "build"
         built.model.to_empty(device="cpu")
-        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles)
+        optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles, built.growth)
         _make_states(optimizers, ledger)
         step = _train_step(config, built, optimizers, ledger)
         _watch_micro_batches(built, ledger, len(batches))

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from titanarch.config.errors import ConfigError, Problem, did_you_mean
 from titanarch.config.registry import ComponentConfig, Registry
+from titanarch.contract.growth import Growth
 from titanarch.contract.roles import Kind, Role
 from titanarch.train.local_optimizers import LocalAdam, LocalSGD
 from titanarch.train.muon import LocalMuon
@@ -27,6 +28,8 @@ DEFAULT_GROUP = "default"
 class OptimizerConfig(ComponentConfig):
     """[optimizer]; ``name`` picks the optimizer."""
 
+    takes_mup: ClassVar[bool] = False
+
     lr: Positive = Field(description="learning rate that the schedule multiplies")
     weight_decay: NonNegative = Field(0.1, description="decay of parameters whose role takes it: matrices and tables, not gains and biases")
     implementation: Implementation = Field("fused", description="of the elementwise update: one kernel, lists of tensors, or one by one")
@@ -35,11 +38,29 @@ class OptimizerConfig(ComponentConfig):
     lr_multipliers: dict[str, Positive] = Field(
         default_factory=dict, description="learning rate of each group that the model declares, as a multiple of lr; default = 1"
     )
+    parametrization: Literal["standard", "mup"] = Field(
+        "standard",
+        description="mup: maximal update, whose lr holds at every width; initial weights and the scale of attention change with it",
+    )
+    mup_base: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of [model] at the base width, at which mup changes nothing, such as { d_model = 128, n_heads = 2 }",
+    )
 
     @model_validator(mode="after")
     def _one_decay_rule(self) -> Self:
         if self.decay_all and not self.decay_embeddings:
             raise ValueError("decay_all = true decays the embeddings too: remove decay_embeddings = false, or decay_all")
+        return self
+
+    @model_validator(mode="after")
+    def _a_base_for_mup(self) -> Self:
+        if self.parametrization == "mup" and not self.mup_base:
+            raise ValueError("parametrization = 'mup' needs mup_base, the keys of [model] at the base width")
+        if self.parametrization != "mup" and self.mup_base:
+            raise ValueError("mup_base does nothing without parametrization = 'mup': add that, or remove mup_base")
+        if self.parametrization == "mup" and not self.takes_mup:
+            raise ValueError(f"mup is defined here for Adam and AdamW, not for '{self.kind}'; use one of them")
         return self
 
     @property
@@ -103,6 +124,8 @@ class AdamFields(OptimizerConfig):
 class AdamConfig(AdamFields):
     """Adam (arXiv:1412.6980); its weight decay is added to the gradient."""
 
+    takes_mup = True
+
     weight_decay: NonNegative = Field(0.0, description="L2 penalty added to the gradient of parameters whose role takes decay")
 
 
@@ -117,7 +140,9 @@ class Adam(OptimizerKind):
 
 
 class AdamWConfig(AdamFields):
-    """AdamW (arXiv:1711.05101): weights shrink by lr * weight_decay a step."""
+    """AdamW (arXiv:1711.05101): weights shrink by lr * weight_decay a step, with mup by the lr of their width."""
+
+    takes_mup = True
 
 
 @optimizer("AdamW")
@@ -244,22 +269,27 @@ class Optimizers:
             group["lr"] = hyperparameters["lr"] * self._factor
 
 
-def build_optimizers(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, Role]) -> Optimizers:
+def build_optimizers(
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    roles: Mapping[str, Role],
+    growth: Mapping[str, Growth] | None = None,
+) -> Optimizers:
     """The optimizers of a model's parameters; those that need no gradient are left out.
 
-    ``named_parameters``: by the names that ``roles`` uses. Raises ConfigError where a parameter's learning-rate group has
-    no multiplier, or a multiplier has no parameter.
+    ``named_parameters``: by the names that ``roles`` and ``growth`` use; ``growth``: see contract.width. Raises ConfigError where a
+    parameter's learning-rate group has no multiplier, or a multiplier has no parameter.
     """
     trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
     multipliers = _multipliers(config, {name: roles[name].lr_group for name in trained})
-    groups: dict[tuple[bool, str, bool], ParameterGroup] = {}
+    groups: dict[tuple[bool, float, bool], ParameterGroup] = {}
     for name, parameter in trained.items():
         role = roles[name]
         if role.muon and parameter.dim() != 2:
             raise ValueError(f"{name}: a role with muon=True is for matrices, and this has the shape {tuple(parameter.shape)}")
         decay = config.decay_all or (role.decay and (config.decay_embeddings or role.kind is not Kind.EMBEDDING))
-        key = (decay, role.lr_group, role.muon)
-        group = groups.setdefault(key, ParameterGroup(decay, multipliers[role.lr_group], role.muon, []))
+        lr_multiplier = multipliers[role.lr_group] * (growth[name].lr_factor if growth else 1.0)
+        group = groups.setdefault((decay, lr_multiplier, role.muon), ParameterGroup(decay, lr_multiplier, role.muon, []))
         group.parameters.append(parameter)
     return Optimizers(OPTIMIZERS.of(config).build(config, list(groups.values())), config.lr)
 

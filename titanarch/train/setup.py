@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: model, loader, optimizers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from titanarch.checkpoint.train_state import ModelState
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.load import load_config
 from titanarch.contract.cost import Cost
+from titanarch.contract.growth import Growth
 from titanarch.contract.init import InitConfig, qualified_names
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import Role, roles_of
@@ -22,6 +24,7 @@ from titanarch.parallel.config import ParallelismConfig
 from titanarch.parallel.float8 import float8_notes
 from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
 from titanarch.train.check import meta_model, vocabulary
+from titanarch.train.parametrization import widen
 from titanarch.train.processes import Processes
 from titanarch.train.resolve import DTYPES, param_dtype
 from titanarch.train.run_config import RunConfig
@@ -29,9 +32,9 @@ from titanarch.train.run_config import RunConfig
 
 @dataclass(frozen=True)
 class LaidOut:
-    """A model divided over processes, on the meta device; ``names``, ``roles`` and ``cost`` are those of the bare model.
+    """A model divided over processes, on the meta device; ``names``, ``roles``, ``growth`` and ``cost`` are those of the bare model.
 
-    ``notes``: what was decided where the configuration left it open.
+    ``growth``: of each parameter against the base model of mup; None without one. ``notes``: what was decided where the configuration left it open.
     """
 
     model: Model
@@ -40,6 +43,7 @@ class LaidOut:
     roles: dict[str, Role]
     cost: Cost
     notes: tuple[str, ...]
+    growth: Mapping[str, Growth] | None = None
 
 
 def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type: str, trains: bool = True) -> LaidOut:
@@ -48,7 +52,7 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
     ``trains``: False where it only evaluates, for which the run's seq_len need not divide.
     """
     model, training = meta_model(config, vocab_size), config.training
-    names, roles = qualified_names(model), roles_of(model)
+    names, roles, growth = qualified_names(model), roles_of(model), widen(model, config, vocab_size)
     cost = MODELS.of(config.model).cost(config.model, vocab_size, training.seq_len)
     counted = sum(p.numel() for p in model.parameters())
     assert cost.parameters == counted, f"cost of {type(model).__qualname__} says {cost.parameters} parameters, the model has {counted}"
@@ -69,7 +73,7 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
     notes = division.notes + float8_notes(config.quantize.linear.float8, device_type)
-    return LaidOut(model, mesh, names, roles, cost, notes)
+    return LaidOut(model, mesh, names, roles, cost, notes, growth)
 
 
 def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, trains: bool = True) -> LaidOut:
@@ -78,7 +82,7 @@ def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, tra
     assert config.debug.seed is not None, "the configuration is resolved before anything is built"
     init = getattr(config.model, "init", InitConfig())
     device = torch.device("cpu") if config.parallelism.enable_cpu_offload else processes.device
-    materialize(laid_out.model, laid_out.names, init, seed=config.debug.seed, device=device)
+    materialize(laid_out.model, laid_out.names, init, seed=config.debug.seed, device=device, growth=laid_out.growth)
     return laid_out
 
 

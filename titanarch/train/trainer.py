@@ -48,7 +48,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         built = build_model(config, processes, vocabulary(config, self.tokenizer.vocab_size))
         self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
-        self.optimizers = build_optimizers(config.optimizer, self.model.named_parameters(), built.roles)
+        self.optimizers = build_optimizers(config.optimizer, self.model.named_parameters(), built.roles, built.growth)
         self.loader = build_loader(
             config.data,
             tokenizer=self.tokenizer,

@@ -1,5 +1,5 @@
 """Channel mixers: what a block applies to each token by itself."""
 
-from titanarch.models.channels import glu, mixed_act, mlp, none
+from titanarch.models.channels import glu, mixed_act, mlp, moe, none
 
-__all__ = ["glu", "mixed_act", "mlp", "none"]
+__all__ = ["glu", "mixed_act", "mlp", "moe", "none"]

@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from titanarch.contract.channel import channel_mixer
-from titanarch.contract.cost import Cost, linear_cost
+from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
-from titanarch.contract.layers import Linear
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.split import Split
@@ -35,25 +34,26 @@ class GLU(HiddenChannel):
 
     tensor_parallel: ClassVar[Mapping[str, Split]] = {"gate": Split.COLUMN("d_ff"), "up": Split.COLUMN("d_ff"), "down": Split.ROW}
     float8 = frozenset({"gate", "up", "down"})
+    second_derivatives = True
 
     def __init__(self, config: GLUConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)
         D, n_units = shape.d_model, config.hidden_units(shape.d_model)
-        self.gate = Linear(D, n_units, bias=config.bias)
-        self.up = Linear(D, n_units, bias=config.bias)
-        self.down = Linear(n_units, D, bias=config.bias)
+        self.gate = self.projection(D, n_units)
+        self.up = self.projection(D, n_units)
+        self.down = self.projection(n_units, D)
 
     @staticmethod
     def cost(config: GLUConfig, shape: ModelShape) -> Cost:
         D, n_units = shape.d_model, config.hidden_units(shape.d_model)
-        inward = linear_cost(D, n_units, bias=config.bias)
-        return inward + inward + linear_cost(n_units, D, bias=config.bias)
+        inward = config.projection_cost(D, n_units)
+        return inward + inward + config.projection_cost(n_units, D)
 
     def reset_parameters(self, init: Init) -> None:
-        """gate and up as linears of the scheme, down as a residual output."""
-        init.linear(self.gate)
-        init.linear(self.up)
-        init.residual_output(self.down, self.layer)
+        """gate and up as linears of the scheme, down as a residual output; other linear layers than dense ones their own."""
+        self.gate.reset(init)
+        self.up.reset(init)
+        self.down.reset(init, residual_of=self.layer)
 
     @abstractmethod
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:

@@ -9,10 +9,14 @@ from typing import Annotated, ClassVar, TypeVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from titanarch.contract.channel import ChannelConfig, ChannelMixer
+from titanarch.config.errors import ConfigError
+from titanarch.contract.channel import Activation, ChannelConfig, ChannelMixer
+from titanarch.contract.cost import Cost
+from titanarch.contract.linear import LINEARS, LinearConfig, LinearLayer
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.models.block import SITES_A_BLOCK
+from titanarch.models.linears.dense import DenseConfig
 from titanarch.ops.counter_random import dropout
 
 Positive = Annotated[int, Field(gt=0)]
@@ -30,6 +34,7 @@ class HiddenConfig(ChannelConfig):
         None, description="expansion * d_model is rounded up to a multiple of this, units; unset: 1 for mlp, 64 with a gate"
     )
     bias: bool = Field(False, description="biases on all projections")
+    linear: Annotated[LinearConfig, LINEARS] = Field(DenseConfig(), description="what all projections are made of")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability of dropping a hidden unit, after the activation")
 
     @model_validator(mode="after")
@@ -45,6 +50,10 @@ class HiddenConfig(ChannelConfig):
         multiple = self.multiple_of or self.default_multiple
         # Rounded first: 8/3 * 768 must not end one rounding error above 2,048.
         return multiple * math.ceil(round((self.expansion or self.default_expansion) * d_model / multiple, 6))
+
+    def projection_cost(self, d_in: int, d_out: int) -> Cost:
+        """Of one projection."""
+        return LINEARS.of(self.linear).cost(self.linear, d_in, d_out, bias=self.bias)
 
 
 C = TypeVar("C", bound=HiddenConfig)
@@ -64,6 +73,18 @@ class HiddenChannel(ChannelMixer):
         super().__init__(config, shape, layer)
         self.config = with_hidden_units(config, shape)
         self.layer = layer
+
+    def projection(self, d_in: int, d_out: int) -> LinearLayer:
+        """A projection of the kind that the table asks for."""
+        return LINEARS.of(self.config.linear)(self.config.linear, d_in, d_out, bias=self.config.bias)
+
+    def check_groups(self, activation: Activation, n_units: int) -> None:
+        """ConfigError where ``activation`` reads groups of units and those do not make whole ones."""
+        if activation.unit_group is not None and n_units % activation.unit_group:
+            raise ConfigError(
+                f"activation '{activation.config.kind}': {n_units} hidden units are no multiple of {activation.unit_group}, which it reads "
+                "together; change d_ff"
+            )
 
     def drop(self, hidden_BTF: Tensor, seq: SequenceInfo) -> Tensor:
         """Dropout of hidden units, where the sequence has a seed; a site of its own in the block's."""

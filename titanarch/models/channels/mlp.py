@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from titanarch.contract.channel import ACTIVATIONS, ActivationConfig, channel_mixer
-from titanarch.contract.cost import Cost, linear_cost
+from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
-from titanarch.contract.layers import Linear
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.split import Split
@@ -36,24 +35,26 @@ class MLP(HiddenChannel):
     Config = MLPConfig
     tensor_parallel: ClassVar[Mapping[str, Split]] = {"up": Split.COLUMN("d_ff"), "down": Split.ROW, "activation": Split.REPLICATED}
     float8 = frozenset({"up", "down"})
+    second_derivatives = True
     config: MLPConfig
 
     def __init__(self, config: MLPConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)
         D, F = shape.d_model, config.hidden_units(shape.d_model)
-        self.up = Linear(D, F, bias=config.bias)
-        self.down = Linear(F, D, bias=config.bias)
+        self.up = self.projection(D, F)
+        self.down = self.projection(F, D)
         self.activation = ACTIVATIONS.of(config.activation)(config.activation)
+        self.check_groups(self.activation, F)
 
     @staticmethod
     def cost(config: MLPConfig, shape: ModelShape) -> Cost:
         D, F = shape.d_model, config.hidden_units(shape.d_model)
-        return linear_cost(D, F, bias=config.bias) + linear_cost(F, D, bias=config.bias)
+        return config.projection_cost(D, F) + config.projection_cost(F, D)
 
     def reset_parameters(self, init: Init) -> None:
-        """up as a linear of the scheme, down as a residual output."""
-        init.linear(self.up)
-        init.residual_output(self.down, self.layer)
+        """up as a linear of the scheme, down as a residual output; other linear layers than dense ones their own."""
+        self.up.reset(init)
+        self.down.reset(init, residual_of=self.layer)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         out: Tensor = self.down(self.drop(self.activation(self.up(x_BTD)), seq))

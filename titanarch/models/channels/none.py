@@ -24,6 +24,7 @@ class NoChannel(ChannelMixer):
 
     Config = NoChannelConfig
     tensor_parallel: ClassVar[Mapping[str, Split]] = {}
+    second_derivatives = True
 
     def __init__(self, config: NoChannelConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)

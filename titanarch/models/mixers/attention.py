@@ -4,98 +4,84 @@ Shapes: B rows, T tokens, D model dim, H query heads, G key/value heads, K head 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
-from titanarch.config.section import OneOrMore
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost, mean_visible_keys
 from titanarch.contract.init import Init
-from titanarch.contract.layers import HeadParams, Linear, local
-from titanarch.contract.mixer import MixerConfig, MixResult, SequenceMixer, State, Streams, mixer
-from titanarch.contract.position import RELATIVE_POSITIONS, RelativePosition, RelativePositionConfig
+from titanarch.contract.layers import Linear, local
+from titanarch.contract.mixer import MixResult, State, Streams, mixer
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
-from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.ops.biased_attention import AttentionDropout, AttentionTokens, biased_attention
-
-RelativePositions = OneOrMore[Annotated[RelativePositionConfig, RELATIVE_POSITIONS]]
-
-Positive = Annotated[int, Field(gt=0)]
+from titanarch.contract.split import Side, Split, Stream
+from titanarch.models.mixers.softmax import Positive, SoftmaxConfig, SoftmaxMixer, attend, with_cache
 
 
-class AttentionConfig(MixerConfig):
+class AttentionConfig(SoftmaxConfig):
     """[model.mixers.attention]; ``n_heads`` and ``position`` come from [model] unless given here."""
 
-    n_heads: Positive = Field(description="query heads")
+    maps: ClassVar[int] = 1
+    """Attention maps, so queries, that a head is made of; more in differential attention."""
+    key_maps: ClassVar[int] = 1
+    """Keys of a key head, and how many times as wide as a key its value is."""
+
     n_kv_heads: Positive | None = Field(None, description="key and value heads, a divisor of n_heads; unset: n_heads")
-    head_dim: Positive | None = Field(None, description="channels a head; unset: d_model / n_heads")
-    position: RelativePositions = Field((), description="rotations and biases by distance; several are applied together")
-    window: Positive | None = Field(None, description="a query sees this many tokens, itself included; unset: all before it")
-    scale: float | None = Field(None, description="factor of the logits; unset: 1 / sqrt(head_dim)")
-    soft_cap: Annotated[float, Field(gt=0)] | None = Field(None, description="logits become cap * tanh(logits / cap); unset: no cap")
+    head_dim: Positive | None = Field(None, description="channels of a query and a key; unset: those of d_model over the heads")
     qk_norm: bool = Field(False, description="RMSNorm on each head's query and key, before rotation")
-    sinks: bool = Field(False, description="a learned logit a head in the denominator (attention sinks)")
-    output_gate: bool = Field(False, description="multiply the heads' output by sigmoid(x W_g)")
     value_residual: Literal["none", "half", "learned"] = Field(
         "none", description="mix each layer's values with the first layer's: evenly, or by a learned gate a token and head"
     )
     qkv_bias: bool = Field(False, description="biases on the query, key and value projections")
     out_bias: bool = Field(False, description="bias on the output projection")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability of dropping an attention weight")
-
-    @field_validator("position")
-    @classmethod
-    def _each_position_once(cls, position: tuple[RelativePositionConfig, ...]) -> tuple[RelativePositionConfig, ...]:
-        kinds = [p.kind for p in position]
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-        if twice:
-            raise ValueError(f"'{twice[0]}' is listed twice; name each position scheme once")
-        return position
 
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     def channels_per_head(self, d_model: int) -> int:
-        """Head size, channels; a ValueError where the model's width does not give one."""
+        """Channels of a query; a ValueError where the model's width does not give them."""
         if self.n_heads % self.kv_heads():
             raise ValueError(
-                f"attention: n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.kv_heads()}); use a divisor of n_heads"
+                f"{self.kind}: n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.kv_heads()}); use a divisor of n_heads"
             )
         if self.head_dim is not None:
             return self.head_dim
-        if d_model % self.n_heads:
-            raise ValueError(f"attention: d_model ({d_model}) is not a multiple of n_heads ({self.n_heads}); change one, or give head_dim")
-        return d_model // self.n_heads
+        n_parts = self.key_maps * self.n_heads
+        if d_model % n_parts:
+            wanted = f"{'' if self.key_maps == 1 else f'{self.key_maps} x '}n_heads ({self.n_heads})"
+            raise ValueError(f"{self.kind}: d_model ({d_model}) is not a multiple of {wanted}; change one, or give head_dim")
+        return d_model // n_parts
+
+    def check_sizes(self, d_model: int) -> None:
+        self.channels_per_head(d_model)
 
 
 @mixer("attention")
-class Attention(SequenceMixer):
+class Attention(SoftmaxMixer):
     """softmax(q k^T scale + bias) v over earlier tokens of the same document."""
 
-    Config = AttentionConfig
-    context_parallel = (ContextParallel.GATHER, ContextParallel.HEADS, ContextParallel.RING)
+    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    card = Card(
+        "Softmax attention: grouped queries, windows, sinks, soft cap, QK-norm, output gate, value residual",
+        "arXiv:1706.03762, 2305.13245",
+        "transformers Llama, Mistral, Qwen3, Gemma2, GptOss, SmolLM3, Cohere2, Qwen3Next",
+    )
     tensor_parallel = {
+        **SoftmaxMixer.tensor_parallel,
         "wq": Split.COLUMN,
         "wk": Split.COLUMN("n_kv_heads"),
         "wv": Split.COLUMN("n_kv_heads"),
-        "wg": Split.COLUMN,
         "wl": Split.COLUMN("n_kv_heads"),
-        "wo": Split.ROW,
         "q_gain_K": Split.SHARED,
         "k_gain_K": Split.SHARED,
-        "head": Split.REPLICATED,
-        "position": Split.REPLICATED,
-        "sinks_H": Split.PER_HEAD,
-        "table_HN": Split.PER_HEAD,
     }
     float8 = frozenset({"wq", "wk", "wv", "wg", "wo"})
-    fp32 = frozenset({"head", "position"})
     config: AttentionConfig
 
     def __init__(self, config: AttentionConfig, shape: ModelShape, layer: int) -> None:
@@ -103,20 +89,15 @@ class Attention(SequenceMixer):
         D, H, G, K = shape.d_model, config.n_heads, config.kv_heads(), config.channels_per_head(shape.d_model)
         self.head_dim = K
         self.is_first = layer == 0
-        self.wq = Linear(D, H * K, bias=config.qkv_bias)
-        self.wk = Linear(D, G * K, bias=config.qkv_bias)
-        self.wv = Linear(D, G * K, bias=config.qkv_bias)
-        self.wo = Linear(H * K, D, bias=config.out_bias)
-        if config.output_gate:
-            self.wg = Linear(D, H * K, bias=False)
+        self.wq = Linear(D, config.maps * H * K, bias=config.qkv_bias)
+        self.wk = Linear(D, config.key_maps * G * K, bias=config.qkv_bias)
+        self.wv = Linear(D, config.key_maps * G * K, bias=config.qkv_bias)
         if config.value_residual == "learned" and not self.is_first:
             self.wl = Linear(D, G, bias=True)
         if config.qk_norm:
             self.q_gain_K = nn.Parameter(torch.empty(K))
             self.k_gain_K = nn.Parameter(torch.empty(K))
-        if config.sinks:
-            self.head = HeadParams({"sinks_H": (H,)})
-        self.position = nn.ModuleList(RELATIVE_POSITIONS.of(p)(p, shape, layer, H, K) for p in config.position)
+        self.build_ends(shape, logit_channels=K, turned_channels=K, d_out=config.key_maps * H * K, out_bias=config.out_bias)
 
     @staticmethod
     def streams(config: AttentionConfig, shape: ModelShape) -> Mapping[str, Stream]:
@@ -126,45 +107,35 @@ class Attention(SequenceMixer):
     @staticmethod
     def cost(config: AttentionConfig, shape: ModelShape, layer: int) -> Cost:
         D, H, G, K = shape.d_model, config.n_heads, config.kv_heads(), config.channels_per_head(shape.d_model)
-        cost = linear_cost(D, H * K, bias=config.qkv_bias) + linear_cost(D, G * K, bias=config.qkv_bias)
-        cost += linear_cost(D, G * K, bias=config.qkv_bias) + linear_cost(H * K, D, bias=config.out_bias)
-        if config.output_gate:
-            cost += linear_cost(D, H * K)
+        V = config.key_maps * K
+        cost = linear_cost(D, config.maps * H * K, bias=config.qkv_bias)
+        cost += linear_cost(D, G * V, bias=config.qkv_bias) + linear_cost(D, G * V, bias=config.qkv_bias)
         if config.value_residual == "learned" and layer > 0:
             cost += linear_cost(D, G, bias=True)
-        for position in config.position:
-            cost += RELATIVE_POSITIONS.of(position).cost(position, shape, layer, H, K)
+        cost += SoftmaxMixer.ends_cost(config, shape, layer, turned_channels=K, d_out=H * V, out_bias=config.out_bias)
         cached = min(shape.seq_len, config.window or shape.seq_len)
         return cost + Cost(
-            parameters=2 * K * config.qk_norm + H * config.sinks,
-            forward_flops_per_token=4.0 * H * K * mean_visible_keys(shape.seq_len, config.window),
-            state_bytes=2 * 2 * cached * G * K,
+            parameters=2 * K * config.qk_norm,
+            forward_flops_per_token=2.0 * config.maps * H * (K + V) * mean_visible_keys(shape.seq_len, config.window),
+            state_bytes=2 * 2 * cached * G * V,
         )
 
     def reset_parameters(self, init: Init) -> None:
         """Linears by the scheme, wo as residual output; gains 1; sinks N(0, 0.02^2); positions their own."""
         for linear in (self.wq, self.wk, self.wv):
             init.linear(linear)
-        init.residual_output(self.wo, self.layer)
-        if self.config.output_gate:
-            init.linear(self.wg)
         if self.config.value_residual == "learned" and not self.is_first:
             init.linear(self.wl)
         if self.config.qk_norm:
             init.constant(self, "q_gain_K", 1.0)
             init.constant(self, "k_gain_K", 1.0)
-        if self.config.sinks:
-            init.normal(self.head, "sinks_H", 0.02)
-        for position in self.relative_positions():
-            position.reset_parameters(init)
-
-    def relative_positions(self) -> list[RelativePosition]:
-        return [p for p in self.position if isinstance(p, RelativePosition)]
+        self.reset_ends(init)
 
     def project(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Streams, Carry]:
         """q [B, T, H, K]; k, v [B, T, G, K]."""
         K = self.head_dim
-        q, k, v = (linear(x_BTD).unflatten(-1, (-1, K)) for linear in (self.wq, self.wk, self.wv))
+        q, k = (linear(x_BTD).unflatten(-1, (-1, K)) for linear in (self.wq, self.wk))
+        v = self.wv(x_BTD).unflatten(-1, (-1, self.config.key_maps * K))
         if self.config.qk_norm:
             q = F.rms_norm(q, (K,), local(self.q_gain_K), eps=1e-6)
             k = F.rms_norm(k, (K,), local(self.k_gain_K), eps=1e-6)
@@ -181,57 +152,19 @@ class Attention(SequenceMixer):
         first = carry.values.get("first_values")
         if first is None or first.shape != v_BTGK.shape:
             raise ConfigError(
-                "attention: value_residual needs attention with the same n_kv_heads and head_dim, and value_residual on, in block 0"
+                f"{self.config.kind}: value_residual needs the same mixer, n_kv_heads and head_dim, and value_residual on, in block 0"
             )
         share = torch.sigmoid(self.wl(x_BTD)).unsqueeze(-1) if self.config.value_residual == "learned" else 0.5
         return first + share * (v_BTGK - first), carry
-
-    def head_params(self, seq: SequenceInfo, carry: Carry) -> tuple[Mapping[str, Tensor], Carry]:
-        """sinks [H]; table [H, N], the sum of all biases for the distances 0 to N - 1."""
-        params: dict[str, Tensor] = dict(self.head()) if self.config.sinks else {}
-        for position in self.relative_positions():
-            if position.has_table:
-                table_HN, carry = position(seq.length, False, carry)
-                params["table_HN"] = params["table_HN"] + table_HN if "table_HN" in params else table_HN
-        return params, carry
 
     @staticmethod
     def mix(
         config: AttentionConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """Attention of the local heads: y [B, T, H, K]. With a state, keys and values are appended to its cache."""
-        q, k, v = streams["q"], streams["k"], streams["v"]
-        if state is not None:
-            k, v = torch.cat([state["k"], k], dim=1), torch.cat([state["v"], v], dim=1)
-        query, key = seq.query, seq.key
-        dropout = None
-        if config.dropout and query.seed is not None:
-            dropout = AttentionDropout(config.dropout, seed=query.seed, row_B=query.row_B, site=seq.site, first_head=seq.first_head)
-        y, lse = biased_attention(
-            q,
-            k,
-            v,
-            query=AttentionTokens(query.index_T, query.document_BT),
-            key=AttentionTokens(key.index_T, key.document_BT),
-            scale=q.shape[-1] ** -0.5 if config.scale is None else config.scale,
-            table_HN=head_params.get("table_HN"),
-            packed=query.packed,
-            contiguous=query.contiguous and key.contiguous,
-            window=config.window,
-            soft_cap=config.soft_cap,
-            sinks_H=head_params.get("sinks_H") if seq.holds_sinks else None,
-            dropout=dropout,
-            return_lse=seq.wants_lse,
-        )
-        return MixResult(y, lse, state=None if state is None else {"k": k, "v": v})
-
-    def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        """Gate, then the output projection: [B, T, D]."""
-        y = y_BTHV.flatten(2)
-        if self.config.output_gate:
-            y = y * torch.sigmoid(self.wg(x_BTD))
-        out: Tensor = self.wo(y)
-        return out
+        (k, v), state = with_cache(streams, state, ("k", "v"))
+        y, lse = attend(config, streams["q"], k, v, head_params, seq)
+        return MixResult(y, lse, state)
 
     def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty cache of keys and values, [B, 0, G, K] each."""
