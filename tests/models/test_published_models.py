@@ -179,7 +179,46 @@ def gemma2() -> tuple[dict[str, Any], nn.Module, Callable[[Copy], None]]:
     return table, transformers.Gemma2ForCausalLM(config), weights
 
 
-@pytest.mark.parametrize("build", [llama, mistral, qwen3, gpt2, cohere, gemma2], ids=lambda f: f.__name__)
+def smollm3() -> tuple[dict[str, Any], nn.Module, Callable[[Copy], None]]:
+    """Every second layer without positions."""
+    config = transformers.SmolLM3Config(
+        **COMMON, num_key_value_heads=2, intermediate_size=F, rms_norm_eps=1e-6, no_rope_layers=[1, 0], tie_word_embeddings=True,
+        pad_token_id=0,
+    )  # fmt: skip
+    attention = {"kind": "attention", "n_kv_heads": 2}
+    table = {
+        "norm": {"kind": "rmsnorm", "eps": 1e-6},
+        "channel": {"kind": "swiglu", "d_ff": F},
+        "position": {"relative": {"kind": "rotary", "theta": config.rope_parameters["rope_theta"]}},
+        "layers": ["attention", "nope"],
+        "mixers": {"attention": attention, "nope": {**attention, "position": []}},
+        "tied_head": True,
+    }
+    return table, transformers.SmolLM3ForCausalLM(config), lambda copy: llama_like(copy, PRE_NORM, tied=True)
+
+
+def cohere2() -> tuple[dict[str, Any], nn.Module, Callable[[Copy], None]]:
+    """Layers with a window and rotation, and global ones without positions."""
+    config = transformers.Cohere2Config(
+        **COMMON, num_key_value_heads=2, intermediate_size=F, logit_scale=1.0, sliding_window=9, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    rotary = {"kind": "rotary", "layout": "interleaved", "theta": config.rope_parameters["rope_theta"]}
+    table = {
+        "residual": "parallel",
+        "norm": {"kind": "layernorm", "bias": False},
+        "channel": {"kind": "swiglu", "d_ff": F},
+        "layers": ["local", "global"],
+        "mixers": {
+            "local": {"kind": "attention", "n_kv_heads": 2, "window": 9, "position": rotary},
+            "global": {"kind": "attention", "n_kv_heads": 2},
+        },
+        "tied_head": True,
+    }
+    return table, transformers.Cohere2ForCausalLM(config), lambda copy: llama_like(copy, {"mixer_norm": "input_layernorm"}, tied=True)
+
+
+@pytest.mark.parametrize("build", [llama, mistral, qwen3, gpt2, cohere, gemma2, smollm3, cohere2], ids=lambda f: f.__name__)
 def test_logits_equal_those_of_transformers(build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     table, theirs, copy_weights = build()

@@ -6,10 +6,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import titanarch.models.positions  # noqa: F401 (registers them)
+import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
 from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
 from titanarch.contract.init import Init, InitConfig, qualified_names
+from titanarch.contract.mixer import MIXERS as MIXERS_BY_KIND
 from titanarch.contract.mixer import SequenceMixer
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
@@ -28,6 +29,14 @@ def attention(**options: object) -> Attention:
     return Attention(AttentionConfig.model_validate({"n_heads": 4, **options}), SHAPE, 0)
 
 
+def mixer(kind: str, **options: object) -> SequenceMixer:
+    """A registered mixer in block 1, where lambda_init is not what it is in block 0."""
+    config = MIXERS_BY_KIND.resolve({"kind": kind, "n_heads": 4, **options})
+    built = MIXERS_BY_KIND.of(config)(config, SHAPE, 1)
+    assert isinstance(built, SequenceMixer)
+    return built
+
+
 MIXERS = {
     "alibi": lambda: attention(position="alibi"),
     "gqa_everything": lambda: attention(
@@ -37,6 +46,16 @@ MIXERS = {
     "mqa": lambda: attention(n_kv_heads=1, position="rotary"),
     "dropout": lambda: attention(dropout=0.3),
     "window_shorter_than_a_part": lambda: attention(window=2, sinks=True, position="t5", dropout=0.2),
+    "diff_attention": lambda: mixer("diff_attention", position=["rotary", "linear_cpb"], sinks=True, dropout=0.2),
+    "diff_attention_gqa": lambda: mixer("diff_attention", n_kv_heads=2, window=5, output_gate=True, qk_norm=True),
+    "diff_attention_v2_gqa": lambda: mixer(
+        "diff_attention_v2", n_kv_heads=2, position=["rotary", "linear_cpb"], sinks=True, dropout=0.2, output_gate=True,
+    ),
+    "mla": lambda: mixer("mla", position="rotary"),
+    "mla_everything": lambda: mixer(
+        "mla", q_rank=6, rotary_dim=2, value_dim=3, kv_rank=10, position=["linear_cpb", "rotary"], window=9, sinks=True, output_gate=True,
+        dropout=0.1,
+    ),
     "toy_ssm": lambda: ToySSM(ToySSMConfig(), SHAPE, 0),
     "toy_ssm_four_heads": lambda: ToySSM(ToySSMConfig(n_heads=4, n_groups=2), SHAPE, 0),
 }  # fmt: skip

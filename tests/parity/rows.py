@@ -31,6 +31,9 @@ BASE: Table = {
 }
 
 
+HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {"name": "hnet", "embedding_std": 0.2}
+
+
 @dataclass(frozen=True)
 class Row:
     """One model. ``model``: keys of [model] beside or instead of ``base``'s. ``imports``: modules that register what it names.
@@ -84,7 +87,7 @@ def attention(**options: Any) -> Table:
 
 def rows() -> list[Row]:
     """All rows, in the order of the table."""
-    return [*_positions(), *_mixers(), *_attention(), *_wiring(), *_heads_and_draws()]
+    return [*_positions(), *_mixers(), *_attention(), *_wiring(), *_heads_and_draws(), *_hierarchies()]
 
 
 def _positions() -> Iterator[Row]:
@@ -133,6 +136,15 @@ def _attention() -> Iterator[Row]:
     nope = {"attention": {}, "nope": {"kind": "attention", "position": [], "n_kv_heads": 2}}
     yield Row("NoPE layers among rotary ones", {"layers": ["attention", "nope"], "mixers": nope, "position": {"relative": "rotary"}})
     local = {"local": {"kind": "attention", "window": 6}, "attention": {"n_kv_heads": 2}}
+    both = {"position": {"relative": ["rotary", "alibi"]}}
+    yield Row(
+        "differential attention, GQA, rotary + alibi",
+        {"layers": ["diff_attention"], "mixers": {"diff_attention": {"n_kv_heads": 2}}, **both},
+    )
+    v2 = {"layers": ["diff_attention_v2"], "mixers": {"diff_attention_v2": {"n_kv_heads": 2}}}
+    yield Row("differential attention 2, GQA, rotary + alibi", {**v2, **both})
+    latent = {"q_rank": 48, "kv_rank": 32, "rotary_dim": 4, "value_dim": 16, "window": 20}
+    yield Row("MLA, queries of rank 48, rotary + alibi", {"layers": ["mla"], "mixers": {"mla": latent}, **both})
     yield Row("window layers among whole ones", {"layers": ["local", "attention"], "mixers": local, "position": {"relative": "rotary"}})
 
 
@@ -159,3 +171,19 @@ def _heads_and_draws() -> Iterator[Row]:
     learned = {"absolute": {"kind": "learned", "max_length": 64}, "start_augmentation": 48}
     yield Row("start augmentation", {"position": learned}, reasons=DRAWS)
     yield Row("everything at once", EVERYTHING, reasons=DRAWS)
+
+
+def _stage(mixer: str, **options: Any) -> Table:
+    return {"encoder": {"layers": [mixer]}, "decoder": {"layers": [mixer]}, **options}
+
+
+def _hierarchies() -> Iterator[Row]:
+    """H-Net; what starts at zero or one is spread by training in the steps after the first."""
+    main, position = {"layers": ["attention"], "n_layers": 2}, {"relative": "rotary"}
+    counted = "the ratio loss of a micro-batch is of its own share of boundaries, which no sum over micro-batches gives"
+    alone = "the ratio loss is of all tokens of a row, and documents alone stand in longer ones"
+    one = {"stages": [_stage("attention", ratio=2.0)], "main": main, "position": position}
+    yield Row("H-Net", one, reasons={"accumulation*": counted, "packing": alone}, base=HNET)
+    stages = [_stage("attention", ratio=1.5, channel="none"), _stage("attention", ratio=1.5, d_model=48)]
+    two = {"stages": stages, "main": {**main, "d_model": 64}, "position": position, "ratio_loss_weight": 0.0}
+    yield Row("H-Net, two stages that widen, no ratio loss", two, base=HNET)

@@ -1,5 +1,6 @@
 """Teams of processes that run cells of the matrix, one after the other, without starting anew."""
 
+import functools
 import gc
 import os
 import pickle
@@ -22,11 +23,13 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch._C._distributed_c10d import FileStore
 
+import titanarch.train.setup
 from tests.distributed import CONTEXT
 from tests.parity.columns import Column
 from tests.parity.rows import Row
 from tests.parity.trial import Outcome, run_trial
 from titanarch.config.errors import ConfigError
+from titanarch.parallel.mesh import build_mesh
 
 CELL_SECONDS = 300.0
 """How long a cell may take before its team is ended."""
@@ -126,6 +129,8 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch._inductor.config.compile_threads = 1  # in this process: a cell that is ended must leave no compiler behind
     timeout = timedelta(seconds=CELL_SECONDS)
     dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+    # Cells share meshes: every group that a mesh makes keeps threads that wake a hundred times a second.
+    titanarch.train.setup.build_mesh = functools.cache(build_mesh)
     gc.collect()
     gc.freeze()  # what is imported stays: it need not be walked after every cell
     while True:

@@ -32,8 +32,10 @@ COMMANDS = {
     "train": Command("titanarch.cli.train", "run a configuration, on the processes that a launcher started"),
     "config": Command("titanarch.cli.config", "show, check and document configurations"),
     "plan": Command("titanarch.cli.plan", "predict memory, communication and time of a run, on machines that are not here"),
+    "coordcheck": Command("titanarch.cli.coordcheck", "train a few steps at several widths, and see whether activations move alike"),
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
+    "check": Command("titanarch.cli.check", "check that a component, the package's or your own, keeps the contract"),
 }
 """Every subcommand: its module and its line of help."""
 

@@ -1,6 +1,7 @@
 """The layers whose arithmetic tensor parallelism must be able to reach: Linear, HeadParams, HeadNorm."""
 
 from collections.abc import Callable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,13 @@ Reduce = Callable[[Tensor], Tensor]
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """x [..., d_in] and W [d_out, d_in] to x W^T, [..., d_out]."""
+
+
+@runtime_checkable
+class DeclaresFp32(Protocol):
+    """A module that names children whose parameters stay fp32 in compute: each becomes an FSDP unit of its own."""
+
+    fp32: ClassVar[frozenset[str]]
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -84,6 +84,13 @@ class BaseMixer(nn.Module, ABC):
     def run(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
         """What is added to the residual stream, [B, T, D], and the carry for later blocks."""
 
+    def why_not_on(self, device_type: str, *, compiled: bool) -> str:
+        """Why it cannot run on devices of this type as its table asks, and what to do; empty where it can.
+
+        ``compiled``: whether torch.compile traces it. Override where a kernel is asked for by name.
+        """
+        return ""
+
     def grow_from(self, base: Any) -> None:
         """Become what this mixer is at its width when its settings were found on ``base``, the same one at another width.
 

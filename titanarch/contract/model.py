@@ -20,7 +20,7 @@ from titanarch.contract.side_channels import Aux
 from titanarch.contract.vocabulary import Vocabulary
 
 
-Technique = Literal["context_parallel", "sequence_parallel"]
+Technique = Literal["context_parallel", "sequence_parallel", "tensor_parallel", "recomputation", "float8"]
 
 
 class ModelConfig(ComponentConfig):
@@ -63,7 +63,7 @@ class Model(nn.Module, ABC):
     vocabulary: Vocabulary = Vocabulary()
     """Embeds tokens and says which are scored here; parallel/ replaces it."""
     refuses: ClassVar[Mapping[Technique, str]] = {}
-    """Why a way to divide sequences cannot be used with this model, as the end of a sentence."""
+    """Why a technique cannot be used with this model, as the end of a sentence."""
     sum_over_rows: Callable[[Tensor], Tensor] = staticmethod(_of_all_rows)
     """Sums a tensor without gradient, which it may overwrite, over the processes that have other rows; parallel/ replaces it."""
 
@@ -82,7 +82,11 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """The repeated units, first one first: what compile, activation checkpointing and FSDP wrap."""
+        """The repeated units, first one first: what activation checkpointing and FSDP wrap."""
+
+    def compiled(self) -> Iterator[nn.Module]:
+        """What becomes one graph each where compile is on: the blocks, unless more must be in one graph."""
+        return self.blocks()
 
     @abstractmethod
     def reset_parameters(self, init: Init) -> None:

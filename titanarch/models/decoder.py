@@ -34,7 +34,7 @@ class Decoder(LanguageModel):
                 shape,
                 layer,
                 mixer=config.mixers[name],
-                channel=config.channel,
+                channel=config.channel_of(layer),
                 norm=config.norm,
                 residual=config.residual,
                 dropout=config.dropout,
@@ -48,8 +48,8 @@ class Decoder(LanguageModel):
         shape = config.shape(vocab_size, seq_len)
         cost = LanguageModel.ends_cost(config, shape)
         for layer, name in enumerate(shape.layers):
-            mixer = config.mixers[name]
-            cost += Block.cost(shape, layer, mixer=mixer, channel=config.channel, norm=config.norm, residual=config.residual)
+            mixer, channel = config.mixers[name], config.channel_of(layer)
+            cost += Block.cost(shape, layer, mixer=mixer, channel=channel, norm=config.norm, residual=config.residual)
         return cost
 
     def blocks(self) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""Elephant activation (arXiv:2310.01365): 1 / (1 + |x / a|^delta), a plateau of width 2 a with steep sides, flat elsewhere.
+"""Elephant activation (arXiv:2509.19159): 1 / (1 + |x / a|^delta), a plateau of width 2 a with steep sides, flat elsewhere.
 
 Computed as sigmoid(-delta ln |x / a|) in fp32 at least, with |x / a| no less than 1e-6: the power itself overflows in half precision, and
 its gradient is then NaN. For x ~ N(0, 1), a = 2 and delta = 8 it is nearly constant (mean 0.94), so a should be of the order of the
@@ -35,7 +35,7 @@ class Elephant(Activation):
     """1 / (1 + |x / a|^delta), less a constant where wanted."""
 
     Config = ElephantConfig
-    card = Card("elephant activation", "arXiv:2310.01365", "closed form")
+    card = Card("elephant activation", "arXiv:2509.19159", "closed form")
     config: ElephantConfig
 
     def __init__(self, config: ElephantConfig) -> None:

@@ -52,8 +52,11 @@ FLAVORS: Mapping[str, Table] = {
     "llama3_70b": _llama3(80, 8192, 64, 28672, tied_head=False, scaled=False),
 }
 
+WHOLE = "channel"
+"""What ``channel_layers`` calls [model.channel]."""
+
 INHERITED_BY_MIXERS = ("n_heads",)
-"""Keys of [model] that a mixer's table takes where it has such a key and does not give it."""
+"""Keys of [model] that a mixer's table takes where it has such a key and does not give it, unless it can do without (default None)."""
 
 
 def complete(table: Table) -> Table:
@@ -64,8 +67,19 @@ def complete(table: Table) -> Table:
     flavor = table.get("flavor")
     if isinstance(flavor, str) and flavor in FLAVORS:
         table = with_defaults(table, FLAVORS[flavor])
+    table = _complete_channels(table)
     layers = table.get("layers", ("attention",))
     return complete_mixers(table, layers) if isinstance(layers, list | tuple) else table
+
+
+def _complete_channels(table: Table) -> Table:
+    """With a table for each channel mixer that ``channel_layers`` names, the kind of each its name unless given."""
+    layers, channels = table.get("channel_layers", ()), table.get("channels", {})
+    if not isinstance(layers, list | tuple) or not isinstance(channels, dict):
+        return table
+    names = dict.fromkeys([name for name in layers if isinstance(name, str) and name != WHOLE] + list(channels))
+    tables = {name: {"kind": name, **value} if isinstance(value := channels.get(name, {}), dict) else value for name in names}
+    return {**table, "channels": tables} if tables else table
 
 
 def complete_mixers(table: Table, layers: Sequence[Any]) -> Table:
@@ -86,7 +100,7 @@ def _complete_mixer(name: str, mixer: Any, model: Table) -> Any:
     if mixer["kind"] not in MIXERS:
         return mixer
     fields = MIXERS[mixer["kind"]].Config.model_fields
-    inherited = {key: model[key] for key in INHERITED_BY_MIXERS if key in model}
+    inherited = {key: model[key] for key in INHERITED_BY_MIXERS if key in model and key in fields and fields[key].default is not None}
     position = model.get("position")
     if isinstance(position, dict) and "relative" in position:
         inherited["position"] = position["relative"]

@@ -154,7 +154,7 @@ def uniform_integers(seed: int, row_B: Tensor, site: int, high: int) -> Tensor:
 
 
 def uniform(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: int, first_channel: int = 0) -> Tensor:
-    """float32 [B, T, C], uniform over (0, 1): odd multiples of 2**-25."""
+    """float32 [B, T, C], uniform over (0, 1], 24 bits."""
     key_BT = token_keys(seed, row_B, index_T, site)
     return _unit_interval(random_bits(key_BT, _channel_words(n_channels, first_channel, key_BT.device)))
 
@@ -171,6 +171,6 @@ def normal(*, seed: int, row_B: Tensor, index_T: Tensor, site: int, n_channels: 
 
 
 def _unit_interval(bits: Tensor) -> Tensor:
-    """The upper 24 of 32 random bits as float32 in (0, 1)."""
+    """The upper 24 of 32 random bits as float32 in (0, 1]."""
     # Two additions: 2**23 + 0.5 has no float32, and u = 0 would give infinity.
     return ((bits >> 8).to(torch.float32).add_(2.0**23).add_(0.5)) * 2.0**-24

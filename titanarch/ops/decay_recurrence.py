@@ -10,20 +10,34 @@ Shapes: B rows, T tokens, H heads, G heads of keys and queries, K key dim, V val
 import torch
 from torch import Tensor
 
+from titanarch.ops._decay_kernels import fla_recurrence
 from titanarch.ops._decay_scalar import scalar_decay
 from titanarch.ops._decay_vector import vector_decay
+from titanarch.ops.recurrence_backend import REFERENCE
 
 
 def decay_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, starts_BT: Tensor | None, state: Tensor | None, chunk_size: int = 64
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    starts_BT: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int = 64,
+    backend: str = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the state after the last token, [B, H, K, V], both in the dtype of the sums.
 
     q, k: [B, T, G, K]; head j of H reads number j * G // H. v: [B, T, H, V]. log_decay: [B, T, H], or [B, T, H, K] (then G = H), at most
     0. starts_BT: whether a token is the first of its document, bool; None where only rows' first tokens are, and what came before them
     is to be kept. state: before the first token, [B, H, K, V]; None: zero. chunk_size: tokens a chunk; a power of two, or the next
-    lower one is used.
+    lower one is used. backend: ``reference``, or ``fla``, whose y has the dtype of v and whose chunks are its own.
     """
+    if backend == "fla":
+        _, _, _, g, S = _prepared(q, k, v, log_decay, state)
+        return fla_recurrence(_heads(q, v.shape[2]), _heads(k, v.shape[2]), v, g, starts_BT=starts_BT, state=S)
+    assert backend == REFERENCE, f"no backend '{backend}'"
     q, k, v, log_decay, state = _prepared(q, k, v, log_decay, state)
     recur = scalar_decay if log_decay.dim() == 3 else vector_decay
     return recur(q, k, v, log_decay, starts_BT=starts_BT, state_BHKV=state, chunk_size=chunk_size)

@@ -59,6 +59,7 @@ def parallelize(
             loss_parallel=parallelism.enable_loss_parallel,
         )
     sum_token_counts(model, mesh)
+    model.sum_over_rows = mesh.sum_over_data
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile_config.enable:
         apply_compile(model, compile_config)

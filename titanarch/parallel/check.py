@@ -84,12 +84,12 @@ def technique_problems(
     if mode == "selective" and every != "op" and every > n_blocks:
         message = f"{every}: of {n_blocks} blocks no {every}-th one is recomputed; use 'op', or 1 to {n_blocks}"
         problems.append(Problem(message, "activation_checkpoint.selective_ac_option"))
-    if model.fsdp_units == "root":
-        inside = "this model differentiates inside its forward"
-        if mode != "none":
-            problems.append(Problem(f"{inside}, which recomputation breaks; use 'none'", "activation_checkpoint.mode"))
-        if compile_config.enable:
-            problems.append(Problem(f"{inside}, and compiled blocks have no second derivative; use false", "compile.enable"))
+    if mode in ("full", "selective") and "recomputation" in model.refuses:
+        message = f"{type(model).__qualname__} cannot be recomputed: {model.refuses['recomputation']}; use 'none'"
+        problems.append(Problem(message, "activation_checkpoint.mode"))
+    if float8.enable and "float8" in model.refuses:
+        message = f"{type(model).__qualname__} cannot use it: {model.refuses['float8']}; use false"
+        return [*problems, Problem(message, "quantize.linear.float8.enable")]
     return [*problems, *float8_problems(model, float8, degrees, seq_len=seq_len, device_type=device_type)]
 
 
@@ -98,6 +98,8 @@ def _refusals(model: Model, config: ParallelismConfig, degrees: Degrees) -> Iter
     name = type(model).__qualname__
     if degrees.cp > 1 and "context_parallel" in model.refuses:
         yield Problem(f"{name} cannot be divided: {model.refuses['context_parallel']}; use 1", "parallelism.context_parallel_degree")
+    if degrees.tp > 1 and "tensor_parallel" in model.refuses:
+        yield Problem(f"{name} cannot be divided: {model.refuses['tensor_parallel']}; use 1", "parallelism.tensor_parallel_degree")
     if degrees.tp > 1 and config.enable_sequence_parallel and "sequence_parallel" in model.refuses:
         yield Problem(f"{name} cannot be divided: {model.refuses['sequence_parallel']}; use false", "parallelism.enable_sequence_parallel")
 
@@ -127,8 +129,6 @@ def _tensor_problems(model: Model, config: ParallelismConfig, degrees: Degrees, 
     if degrees.tp == 1:
         return
     key = "parallelism.tensor_parallel_degree"
-    if model.fsdp_units == "root":
-        yield Problem("this model differentiates inside its forward, where tensor parallelism cannot follow; use 1", key)
     for module in model.modules():
         reason = why_not_divided(module, degrees.tp)
         if reason:

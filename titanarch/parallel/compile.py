@@ -19,11 +19,11 @@ GRAPHS_A_BLOCK = 4
 
 
 def apply_compile(model: Model, config: CompileConfig) -> None:
-    """Compile the forward of each block of ``model``. After activation checkpointing, before FSDP.
+    """Compile the forward of each block of ``model``, or of what it has compiled. After activation checkpointing, before FSDP.
 
     Hooks of the block run outside of the graph, those of its parts inside.
     """
-    blocks = list(model.blocks())
+    blocks = list(model.compiled())
     # Blocks share their code, and torch counts graphs by code: their layer numbers alone make as many variants.
     limit = GRAPHS_A_BLOCK * len(blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
@@ -42,7 +42,7 @@ def gather_before_graphs(model: Model) -> None:
     They are the parts that stay fp32, so they exist in low precision only. Nothing else changes for them: they are
     resharded and their gradients reduced at the end of the backward.
     """
-    for block in model.blocks():
+    for block in model.compiled():
         compiled = block.forward
         assert isinstance(compiled, CompiledInTraining), "apply_compile comes first"
         for module in block.modules():

@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from titanarch.contract.channel import ChannelMixer
-from titanarch.contract.mixer import SequenceMixer
+from titanarch.contract.layers import DeclaresFp32
 from titanarch.contract.model import Model
 from titanarch.parallel.config import ParallelismConfig
 
@@ -27,11 +26,10 @@ def apply_fsdp(model: Model, data_mesh: DeviceMesh, config: ParallelismConfig, p
     offload = CPUOffloadPolicy(pin_memory=data_mesh.device_type == "cuda") if config.enable_cpu_offload else OffloadPolicy()
     reshard = {"always": True, "never": False, "default": data_mesh.size() > 1}[config.fsdp_reshard_after_forward]
     if model.fsdp_units == "blocks":
+        for module in list(fp32_modules(model)) if param_dtype != torch.float32 else ():
+            # HeadParams returns its parameters themselves, which the block reads after the unit's forward.
+            fully_shard(module, mesh=data_mesh, mp_policy=fp32, offload_policy=offload, reshard_after_forward=False)
         for block in model.blocks():
-            if param_dtype != torch.float32:
-                for module in fp32_modules(block):
-                    # HeadParams returns its parameters themselves, which the block reads after the unit's forward.
-                    fully_shard(module, mesh=data_mesh, mp_policy=fp32, offload_policy=offload, reshard_after_forward=False)
             fully_shard(block, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(model, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():
@@ -43,10 +41,10 @@ def apply_fsdp(model: Model, data_mesh: DeviceMesh, config: ParallelismConfig, p
         torch.distributed.fsdp.register_fsdp_forward_method(model, method)
 
 
-def fp32_modules(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules with parameters that components of ``block`` declare fp32, those of a ModuleList one by one."""
-    for component in block.modules():
-        if isinstance(component, SequenceMixer | ChannelMixer):
+def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parameters that components of ``model`` declare fp32, those of a ModuleList one by one."""
+    for component in model.modules():
+        if isinstance(component, DeclaresFp32):
             for name in sorted(component.fp32):
                 child = component._modules.get(name)
                 children = list(child) if isinstance(child, nn.ModuleList) else [child]

@@ -102,7 +102,7 @@ class _Unit:
 
 def _units(model: Model) -> Iterator[_Unit]:
     blocks = set(model.blocks())
-    kept_fp32 = {module for block in model.blocks() for module in fp32_modules(block)}
+    kept_fp32 = set(fp32_modules(model))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             inner = {p for child in module.modules() if child is not module and isinstance(child, FSDPModule) for p in child.parameters()}
@@ -197,15 +197,16 @@ def attention_bytes(mixer: Attention, method: ContextParallel, sizes: Sizes) -> 
     if n_key % t:
         return None
     n_key //= t
-    head = sizes.rows * sizes.tokens * mixer.head_dim  # elements of one head of one stream
-    keys = 2 * head * n_key
+    maps, key_maps = mixer.config.maps, mixer.config.key_maps
+    head = sizes.rows * sizes.tokens * mixer.head_dim  # elements of one query
+    keys = 2 * head * n_key * key_maps
     passed = float(keys * sizes.compute_bytes * (c - 1))
     if method is ContextParallel.GATHER:
         return passed, passed
     if method is ContextParallel.RING:
         return passed, passed + keys * FP32_BYTES * c
     if method is ContextParallel.HEADS:
-        query = 2 * head * n_query * sizes.compute_bytes * (c - 1) / c
+        query = (1 + key_maps) * head * n_query * maps * sizes.compute_bytes * (c - 1) / c
         sent = query + keys * sizes.compute_bytes * ((c - 1) / c if n_key % c == 0 else c - 1)
         return sent, sent
     return None

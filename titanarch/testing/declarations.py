@@ -62,7 +62,7 @@ def _fits(subject: Subject, component: SequenceMixer | ChannelMixer, name: str, 
             f"{subject.name}: '{name}' is declared COLUMN by '{split.heads}', which its Config does not have; "
             f'write COLUMN("field") with the field that counts its heads or units'
         ) from None
-    for parameter_name, parameter in child.named_parameters():
+    for parameter_name, parameter in child.named_parameters() if isinstance(child, nn.Linear) else ():
         if parameter.shape[0] % n:
             raise Wrong(
                 f"{subject.name}: '{name}' is declared COLUMN by '{split.heads}' ({n}), which does not divide the {parameter.shape[0]} "
@@ -103,7 +103,7 @@ def seeded(subject: Subject) -> str:
     torch.random.set_rng_state(state)
     for name, parameter in one.named_parameters():
         if not torch.equal(parameter, again.get_parameter(name)):
-            raise Wrong(f"{subject.name}: two starts from one seed differ in '{name}'; draw it with the generator that init.fill hands over")
+            raise Wrong(f"{subject.name}: two starts from one seed differ in '{name}'; draw with the generator that init.fill hands over")
     random = [name for name, p in one.named_parameters() if not torch.equal(p, other.get_parameter(name))]
     if any(isinstance(module, nn.Linear) for module in one.modules()) and not random:
         raise Wrong(f"{subject.name}: weights do not depend on the seed; draw them with the generator that init.fill hands over")
@@ -116,7 +116,9 @@ def parameters(subject: Subject) -> str:
     for layer, component in enumerate(built(subject).components()):
         counted, there = cost_of(subject, layer).parameters, parameter_count(component)
         if counted != there:
-            raise Wrong(f"{subject.name}: cost counts {counted:,} parameters in block {layer}, which has {there:,}; correct cost by {there - counted:+,}")
+            raise Wrong(
+                f"{subject.name}: cost counts {counted:,} parameters in block {layer}, which has {there:,}; correct cost by {there - counted:+,}"
+            )
         counts.append(there)
     return f"{', '.join(f'{n:,}' for n in counts)} in blocks 0 to {len(counts) - 1}"
 
@@ -140,12 +142,12 @@ def flops(subject: Subject) -> str:
             left = counted - around
             if left < -1e-6 * counted - 1e-3:
                 raise Wrong(
-                    f"{subject.name}: cost counts {counted:,.0f} forward FLOPs a token in block {layer}, and the products around the mix step "
-                    f"alone are {around:,.0f}; add the {-left:,.0f} that are missing (a product of [m, k] and [k, n] is 2 m k n)"
+                    f"{subject.name}: cost counts {counted:,.0f} FLOPs a token in block {layer}, and products around the mix step "
+                    f"alone have {around:,.0f}; add the {-left:,.0f} that are missing (a product of [m, k] and [k, n] is 2 m k n)"
                 )
             if not mixing and left > 1e-6 * counted + 1e-3 and not isinstance(next(stack.components()), LocalMixer):
                 raise Wrong(
-                    f"{subject.name}: cost counts {counted:,.0f} forward FLOPs a token in block {layer}, and its products are {around:,.0f}; "
+                    f"{subject.name}: cost counts {counted:,.0f} FLOPs a token in block {layer}, whose products have {around:,.0f}; "
                     "count matrix products alone, a multiply-add as 2"
                 )
             if inside and not inside / MIX_FACTOR <= left <= inside * MIX_FACTOR:

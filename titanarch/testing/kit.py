@@ -3,10 +3,12 @@
 import traceback
 from collections.abc import Mapping
 
+import torch
+
 from titanarch.config.errors import ConfigError
 from titanarch.testing import behaviour, declarations
 from titanarch.testing.findings import Check, Finding, Inapplicable, Wrong
-from titanarch.testing.subject import Subject
+from titanarch.testing.subject import Stack, Subject
 
 CHECKS: Mapping[str, Check] = {
     "declared": declarations.declared,
@@ -42,7 +44,16 @@ def run_check(subject: Subject, name: str) -> Finding:
 
 
 def run_checks(subject: Subject) -> list[Finding]:
-    """All checks on one process; ConfigError as from ``run_check``."""
+    """All checks on one process; one finding where the component cannot be built. ConfigError as from ``run_check``."""
+    try:
+        with torch.device("meta"):
+            Stack(subject)
+    except ConfigError:
+        raise
+    except ValueError as error:  # how sizes are refused in a validator, too
+        raise ConfigError(f"{subject.name}: {error}") from error
+    except Exception as error:  # noqa: BLE001 (as above)
+        return [failure(subject, "build", f"{subject.name}: {raised(error)}")]
     return [run_check(subject, name) for name in CHECKS]
 
 

@@ -70,6 +70,8 @@ class Subject:
         registry: Registry[Any] = MIXERS if self.slot == "mixer" else CHANNELS
         if self.kind not in registry:
             raise ConfigError(f"unknown {registry.slot} '{self.kind}'{did_you_mean(self.kind, registry)}; --import names what registers it")
+        if self.name == "channel none":
+            raise ConfigError("the channel mixer 'none' stands for nothing at all, so there is nothing to check; name another")
         found: type[Component] = registry[self.kind]
         return found
 

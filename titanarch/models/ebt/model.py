@@ -10,18 +10,17 @@ through the step, so second derivatives of E train it. The authors' code is gith
 Shapes: B rows, T tokens, D model dim, V vocabulary.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from titanarch.contract.card import Card
-from titanarch.contract.channel import CHANNELS
 from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import local
-from titanarch.contract.model import Model, Objective, model
+from titanarch.contract.model import Model, Objective, Technique, model
 from titanarch.contract.norm import NORMS
 from titanarch.contract.roles import VECTOR, Role
 from titanarch.contract.sequence import SequenceInfo
@@ -59,10 +58,10 @@ class EBT(Model):
     )
     flavors = SIZES
     fsdp_units = "root"
-    unsupported = {
+    refuses: ClassVar[Mapping[Technique, str]] = {
         "tensor_parallel": "it differentiates its energy inside its forward, and the collectives of tensor parallelism have one derivative",
         "context_parallel": "it differentiates its energy inside its forward, and the collectives of context parallelism have one derivative",
-        "activation_checkpoint": "it differentiates its energy inside its forward by torch.func.grad, under which nothing can be recomputed",
+        "recomputation": "it differentiates its energy inside its forward by torch.func.grad, under which nothing can be recomputed",
         "float8": "its matrices are differentiated twice, and scaled products have one derivative",
     }
     roles: dict[str, Role] = {"step_size": VECTOR.with_lr_group("step_size")}
@@ -163,21 +162,20 @@ class EBT(Model):
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         p_BTV = first_prediction((*tokens_BT.shape, self.shape.vocab_size), seq, start=config.start, dtype=dtype)
         contexts: tuple[LayerContext, ...] = ()
-        earliest = n_steps if config.detach and config.loss == "last" else 1
+        # A row's last step is none before this one.
+        first_through = min(n_steps, config.n_steps) - 1 if config.detach and config.loss == "last" else 0
         for number in range(n_steps):
-            # A row's last step is its count-th, and none has fewer than n_steps in training.
-            through = with_gradient and (number + 1 >= min(earliest, config.n_steps))
-            landscape = min(number, config.n_steps - 1)
+            through = with_gradient and number >= first_through
             if number == 0 or (config.step_embedding and number < config.n_steps):
-                is_read_on = landscape == config.n_steps - 1 or not config.step_embedding
-                with torch.set_grad_enabled(with_gradient and (through or is_read_on)):
-                    contexts = self.landscape.read(x_BTD, seq, landscape)
+                # Without a step embedding what is read here serves every step.
+                with torch.set_grad_enabled(with_gradient and (through or not config.step_embedding)):
+                    contexts = self.landscape.read(x_BTD, seq, number)
             is_taken_B = number < count_B
             with torch.set_grad_enabled(through):
                 p_BTV = shaken(p_BTV.detach() if config.detach else p_BTV, seq, config.langevin_noise, number)
                 u_BTD, _ = self.landscape(embedded(p_BTV, weight_VD), contexts, seq)
-                size_BT = self._size().to(dtype) * size_factors(seq, config.random_step_scale, number) * is_taken_B[:, None]
-                scored = descended(p_BTV, u_BTD, weight_VD, size_BT.to(dtype), labels_BT)
+                size_BT = self._size().to(dtype) * size_factors(seq, config.random_step_scale, number, dtype) * is_taken_B[:, None]
+                scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT)
             is_last_B = (count_B == number + 1).to(dtype)
             objective_B = is_last_B if config.loss == "last" else is_taken_B / count_B.to(dtype)
             yield Step(scored, objective_B, is_last_B)

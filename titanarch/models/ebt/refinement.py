@@ -75,12 +75,12 @@ def step_counts(seq: SequenceInfo, n_steps: int, random_steps: int) -> Tensor:
     return n_steps + uniform_integers(seq.seed, seq.row_B, _COUNT, random_steps + 1)
 
 
-def size_factors(seq: SequenceInfo, scale: float, step: int) -> Tensor:
+def size_factors(seq: SequenceInfo, scale: float, step: int, dtype: torch.dtype) -> Tensor:
     """Factors of the step size, [B, T], uniform between 1 / scale and scale; 1 in evaluation."""
     if seq.seed is None or scale == 1:
-        return torch.ones(seq.position_BT.shape, device=seq.position_BT.device)
+        return torch.ones(seq.position_BT.shape, dtype=dtype, device=seq.position_BT.device)
     draw_BT1 = uniform(seed=seq.seed, row_B=seq.row_B, index_T=seq.index_T, site=_STEPS + 2 * step + 1, n_channels=1)
-    return (1 / scale + draw_BT1 * (scale - 1 / scale)).squeeze(-1)
+    return (1 / scale + draw_BT1.to(dtype) * (scale - 1 / scale)).squeeze(-1)
 
 
 def _embed(p_CV: Tensor, weight_VD: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Attention(SoftmaxMixer):
         """q [B, T, H, K]; k, v [B, T, G, K]."""
         K = self.head_dim
         q, k = (linear(x_BTD).unflatten(-1, (-1, K)) for linear in (self.wq, self.wk))
-        v = self.wv(x_BTD).unflatten(-1, (-1, self.config.key_maps * K))
+        v = self.values(x_BTD).unflatten(-1, (-1, self.config.key_maps * K))
         if self.config.qk_norm:
             q = F.rms_norm(q, (K,), local(self.q_gain_K), eps=1e-6)
             k = F.rms_norm(k, (K,), local(self.k_gain_K), eps=1e-6)
@@ -144,6 +144,11 @@ class Attention(SoftmaxMixer):
         if self.config.value_residual != "none":
             v, carry = self._mix_first_values(v, x_BTD, carry)
         return {"q": q, "k": k, "v": v}, carry
+
+    def values(self, x_BTD: Tensor) -> Tensor:
+        """Values of the local heads, [B, T, channels of all]."""
+        out: Tensor = self.wv(x_BTD)
+        return out
 
     def _mix_first_values(self, v_BTGK: Tensor, x_BTD: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """v <- l v + (1 - l) v of the first layer (arXiv:2410.17897), l = 1/2 or sigmoid(x W_l)."""

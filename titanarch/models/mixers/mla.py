@@ -61,7 +61,9 @@ class MLAConfig(SoftmaxConfig):
     def sizes(self, d_model: int) -> Sizes:
         """A ValueError where the model's width does not give them."""
         if self.head_dim is None and d_model % self.n_heads:
-            raise ValueError(f"{self.kind}: d_model ({d_model}) is not a multiple of n_heads ({self.n_heads}); change one, or give head_dim")
+            raise ValueError(
+                f"{self.kind}: d_model ({d_model}) is not a multiple of n_heads ({self.n_heads}); change one, or give head_dim"
+            )
         N = self.head_dim or d_model // self.n_heads
         if self.rotary_dim is None and N % 2:
             raise ValueError(f"{self.kind}: half of head_dim ({N}) is no integer; give rotary_dim")
