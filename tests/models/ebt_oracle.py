@@ -19,7 +19,8 @@ SITE = 1 << 20
 def _norm(kind: str, module: Any, x: Tensor) -> Tensor:
     if kind == "layernorm":
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight + module.bias
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight
+        return x if module.bias is None else x + module.bias
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight
 
 

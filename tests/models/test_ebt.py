@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import titanarch.models.components  # noqa: F401 (registers all)
+from tests.distributed import run_distributed
 from tests.models.ebt_oracle import dense_energies, dense_objective
 from titanarch.config.errors import ConfigError
 from titanarch.contract.init import Init, qualified_names
@@ -19,9 +22,10 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.models.ebt.config import EBTConfig
 from titanarch.models.ebt.model import EBT
 from titanarch.ops.counter_random import normal
+from titanarch.parallel.apply import materialize, parallelize
 from titanarch.parallel.check import decide_division, technique_problems
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
-from titanarch.parallel.mesh import resolve_degrees
+from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
 V, T = 31, 9
 BASE: dict[str, Any] = {
@@ -113,6 +117,20 @@ def test_objective_and_all_gradients_equal_double_backward(name: str) -> None:
         assert (ours - theirs).norm() <= 1e-8 * theirs.norm(), parameter
 
 
+class CountedProducts(TorchDispatchMode):
+    """torch's FlopCounterMode hooks into modules, which torch.func does not bear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.flops += 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cost_counts_parameters_and_the_products_of_training(name: str) -> None:
     model = ebt({**VARIANTS[name], "start": "zeros"}, dtype=torch.float32)
@@ -120,9 +138,9 @@ def test_cost_counts_parameters_and_the_products_of_training(name: str) -> None:
     cost = EBT.cost(config, V, 1)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     tokens = torch.arange(n_rows)[:, None]
-    with FlopCounterMode(display=False) as counter:
+    with CountedProducts() as counter:
         model(tokens, SequenceInfo.whole(n_rows, 1, seed=1), tokens).total.backward()
-    counted = counter.get_total_flops() / n_rows
+    counted = counter.flops / n_rows
     # With rows of one token every key is visible. The counter sees no sums over a query's own keys, but what is computed again.
     config_steps, width = config.most_steps, 4.0 * config.attention.n_heads * config.attention.channels_per_head(16)
     last_alone = config.loss == "last" and config.detach
@@ -132,8 +150,8 @@ def test_cost_counts_parameters_and_the_products_of_training(name: str) -> None:
     own = width * (1 + config.step_embedding) * config.n_layers * (4 * through + 2 * config_steps)
     own += width * config.step_embedding * (config.n_layers - 1) * (2 * landscapes_through + landscapes)
     again = 4.0 * V * 16 * through
-    # The step embedding's own way through the blocks, once a landscape for all rows.
-    assert counted == pytest.approx(cost.training_flops_per_token - own + again, rel=0.12)
+    # Not equal: the step embedding goes through the blocks by itself, and the first and last products lack a neighbour.
+    assert counted == pytest.approx(cost.training_flops_per_token - own + again, rel=0.06)
 
 
 def test_no_step_leaves_the_first_prediction() -> None:
@@ -234,7 +252,7 @@ def test_draws_do_not_depend_on_which_rows_are_together() -> None:
 def _descent(table: dict[str, Any]) -> Iterator[float]:
     model, (tokens, labels) = ebt(table, dtype=torch.float32), batch(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(30):
+    for step in range(12):
         seq = SequenceInfo.whole(4, T, seed=0, first_row=4 * step)
         found = model(tokens, seq, labels)
         yield float(found.loss_sum / found.n_targets)
@@ -247,7 +265,7 @@ def _descent(table: dict[str, Any]) -> Iterator[float]:
 @pytest.mark.parametrize("table", [{"step_size": 30.0}, {"step_size": 30.0, "detach": False, "loss": "last", "langevin_noise": 0.1}])
 def test_training_lowers_the_loss(table: dict[str, Any]) -> None:
     losses = list(_descent({**table, "init": {"std": 0.05}}))
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.9 * losses[0], losses
 
 
 @pytest.mark.parametrize(
@@ -256,7 +274,7 @@ def test_training_lowers_the_loss(table: dict[str, Any]) -> None:
         ({"replay_buffer": True}, "not built: remove the key"),
         ({"mixer": {"window": 4}}, "mixer.window"),
         ({"mixer": {"position": "alibi"}}, "bias by distance"),
-        ({"mixer": "external"}, "external"),
+        ({"mixer": {"kind": "external", "module": "a:B"}}, "external"),
         ({"flavor": "llama3_8b"}, "no such flavor"),
         ({"n_heads": 3}, "not a multiple of n_heads"),
     ],
@@ -264,6 +282,47 @@ def test_training_lowers_the_loss(table: dict[str, Any]) -> None:
 def test_what_is_refused_in_the_table(table: dict[str, Any], message: str) -> None:
     with pytest.raises((ValidationError, ConfigError), match=message):
         EBTConfig.model_validate({**BASE, **table})
+
+
+def _divided() -> tuple[float, dict[str, Tensor]]:
+    """The objective and gradients of four rows, two on each of the processes, summed over them."""
+    config, layout = EBTConfig.model_validate({**BASE, **S2}), ParallelismConfig()
+    with torch.device("meta"):
+        model = EBT(config, V, T)
+    names, degrees = qualified_names(model), resolve_degrees(layout, dist.get_world_size())
+    parallelize(
+        model,
+        build_mesh(degrees, "cpu"),
+        decide_division(model, layout, degrees, seq_len=T, device_type="cpu"),
+        vocab_size=V,
+        parallelism=layout,
+        activation_checkpoint=ActivationCheckpointConfig(),
+        compile_config=CompileConfig(),
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+    )
+    materialize(model, names, config.init, seed=0, device=torch.device("cpu"))
+    (tokens, labels), first = batch(4), 2 * dist.get_rank()
+    rows, seq = slice(first, first + 2), SequenceInfo.whole(2, T, seed=3, first_row=first)
+    found = model(tokens[rows], seq, labels[rows])
+    found.total.backward()
+    total = found.total.detach().clone()
+    dist.all_reduce(total)
+    return float(total), {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+
+
+def test_two_processes_train_as_one() -> None:
+    model, (tokens, labels) = ebt(S2, dtype=torch.float32), batch(4)
+    alone = model(tokens, SequenceInfo.whole(4, T, seed=3), labels).total
+    alone.backward()
+    for total, gradients in run_distributed(_divided, 2):
+        assert total == pytest.approx(float(alone.detach()), rel=1e-5)
+        ours, theirs = (torch.cat([gradient[name].flatten() for name in gradients]) for gradient in (gradients, _gradients(model)))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def _gradients(model: EBT) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_what_is_refused_of_techniques() -> None:

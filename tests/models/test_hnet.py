@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-import tests.parity.toy_mixer
 import titanarch.models.components  # noqa: F401 (registers all)
+from tests.distributed import run_distributed
+from tests.parallel.divided import divided_model
 from titanarch.config.errors import ConfigError
 from titanarch.contract.init import Init, qualified_names
 from titanarch.contract.model import Objective
@@ -25,6 +27,7 @@ from titanarch.models.hnet.stage import Stack
 from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ParallelismConfig
 from titanarch.parallel.mesh import Degrees
+from titanarch.train.local_optimizers import shard_of
 
 V, T = 41, 32
 LENGTHS = (9, 1, 22)
@@ -33,14 +36,13 @@ ATTENTION = {"layers": ["attention"]}
 ONE_STAGE = {"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "ratio": 3.0}], "main": ATTENTION, "position": {"relative": "rotary"}}
 TWO_STAGES = {
     "stages": [
-        {"encoder": {"layers": ["toy_ssm"]}, "decoder": {"layers": ["toy_ssm", "attention"]}, "channel": "none", "ratio": 2.0},
+        {"encoder": {"layers": ["mamba2"]}, "decoder": {"layers": ["mamba2", "attention"]}, "channel": "none", "ratio": 2.0},
         {"encoder": ATTENTION, "decoder": ATTENTION, "d_model": 24, "ratio": 1.5},
     ],
     "main": {"layers": ["attention"], "n_layers": 2, "d_model": 32, "channel": {"kind": "swiglu", "d_ff": 20}},
     "position": {"relative": ["rotary", "alibi"]},
+    "mixers": {"mamba2": {"head_dim": 8, "state_dim": 4}},
 }
-OUTER = {"encoder": ATTENTION, "decoder": {"layers": ["attention", "attention"]}, "ratio": 2.0}
-DECODABLE = {"one_stage": ONE_STAGE, "two_stages": {**TWO_STAGES, "stages": [OUTER, TWO_STAGES["stages"][1]]}}
 VARIANTS = {"one_stage": ONE_STAGE, "two_stages": TWO_STAGES, "post_norm": {**ONE_STAGE, "residual": "post_norm"}}
 
 
@@ -102,7 +104,7 @@ class Oracle:
                 weight = p[t] if t == 0 else p[t].clamp(1e-4, 1 - 1e-4)
                 average = weight * next(z)[: len(x_TD[t])] + (1 - weight) * average
             decided = p[t] if t in begins else 1 - p[t]
-            residual = stage.residual.weight @ x_TD[t] + stage.residual.bias
+            residual = stage.residual.linear.weight @ x_TD[t] + stage.residual.linear.bias
             out.append(average * (decided + (1 - decided).detach()) + residual)
         return self.blocks(stage.decoder, torch.stack(out))
 
@@ -166,7 +168,7 @@ def test_where_every_token_begins_a_chunk_it_is_a_plain_stack(monkeypatch: pytes
     x = _whole(model.main, x, seq)
     for stage in reversed(model.bare_stages()):
         encoded = streams.pop()
-        x = _whole(stage.decoder, x[..., : encoded.shape[-1]] + stage.residual(encoded), seq)
+        x = _whole(stage.decoder, stage.residual(x[..., : encoded.shape[-1]], encoded), seq)
     assert model.final_norm is not None
     torch.testing.assert_close(model.logits(row, seq), model.head(model.final_norm(x)), rtol=1e-10, atol=1e-10)
 
@@ -197,9 +199,9 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
     torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", DECODABLE)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_by_step_equals_the_whole_forward(name: str) -> None:
-    model, row = hnet(DECODABLE[name]), tokens(2)
+    model, row = hnet(VARIANTS[name]), tokens(2)
     with torch.no_grad():
         whole, states = model.logits(row, SequenceInfo.whole(2, T)), model.initial_state(2)
         for index in range(T):
@@ -211,19 +213,17 @@ def with_capacity(table: dict[str, Any], capacity: float) -> dict[str, Any]:
     return {**table, "stages": [{**stage, "capacity": capacity} for stage in table["stages"]]}
 
 
-def test_fewer_slots_change_nothing_while_the_chunks_fit() -> None:
-    exact, row, losses = hnet(TWO_STAGES), tokens(), []
-    with torch.no_grad():
-        for stage in exact.bare_stages():
-            stage.router.wk.weight.copy_(stage.router.wq.weight + 0.05 * stage.router.wk.weight)
-    fewer = hnet(with_capacity(TWO_STAGES, 0.5))
-    fewer.load_state_dict(exact.state_dict())
-    for model in (exact, fewer):
+def test_fewer_slots_change_nothing_while_the_chunks_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, losses = tokens(), []
+    for capacity in (1.0, 0.5):
+        model = hnet(with_capacity(TWO_STAGES, capacity))
+        for stage in model.bare_stages():
+            monkeypatch.setattr(stage.router, "between", lambda a, b, between=stage.router.between: 0.65 * between(a, b))
         objective = model(row, packed(), row)
         slots, tokens_seen = objective.aux["compression_0"].counted, objective.aux["compression_1"].total
         assert (objective.aux["overflow_0"].total.item(), objective.aux["overflow_1"].total.item()) == (0, 0)
         assert slots == tokens_seen <= 16
-        losses.append((objective.total, gradients(model, objective.total + ratio_loss(objective, 1))))
+        losses.append({"loss": objective.total, **gradients(model, objective.total + ratio_loss(objective, 1))})
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)
 
 
@@ -234,8 +234,7 @@ def test_boundaries_beyond_the_slots_are_none_and_counted(monkeypatch: pytest.Mo
     for model in (exact, fewer):
         (stage,) = model.bare_stages()
         monkeypatch.setattr(stage.router, "forward", lambda x, seq: torch.full_like(x[..., 0], 0.9))
-        joined = stage.joined
-        monkeypatch.setattr(stage, "joined", lambda x, read, joined=joined: seen.append(read) or joined(x, read))
+        stage.residual.register_forward_hook(lambda part, args, out: seen.append(args[0]))
     logits = [model.logits(row, packed()) for model in (exact, fewer)]
     torch.testing.assert_close(logits[0][:, :16], logits[1][:, :16], rtol=1e-10, atol=1e-10)
     assert not torch.allclose(logits[0][:, 16:], logits[1][:, 16:])
@@ -284,7 +283,7 @@ def test_flops_inside_count_once_a_chunk() -> None:
     model = hnet({**ONE_STAGE, "position": {}})
     D, F_, ratio = 16, 24, 3.0
     block = 2 * (4 * D * D + 2 * D * F_)
-    keys = (lambda n: 4 * D * (n + 1) / 2)  # noqa: E731
+    keys = lambda n: 4 * D * (n + 1) / 2  # noqa: E731
     expected = 2 * V * D + 2 * (block + keys(T)) + 2 * 3 * D * D + (block + keys(round(T / ratio))) / ratio
     assert HNet.cost(model.config, V, T).forward_flops_per_token == pytest.approx(expected, rel=1e-12)
 
@@ -293,7 +292,7 @@ def test_learning_rate_groups_and_decay() -> None:
     roles = roles_of(hnet({**TWO_STAGES, "lr_groups": True}))
     groups = {name.split(".layers")[0]: role.lr_group for name, role in roles.items()}
     assert groups["stages.0.encoder"] == groups["stages.0.router.wq.weight"] == groups["stages.0.pad_P"] == "stage_0"
-    assert groups["stages.1.decoder"] == groups["stages.1.residual.bias"] == "stage_1"
+    assert groups["stages.1.decoder"] == groups["stages.1.residual.linear.bias"] == "stage_1"
     assert groups["main"] == "main"
     assert groups["embedding.weight"] == groups["head.weight"] == "default"
     router, pad = roles["stages.0.router.wk.weight"], roles["stages.0.pad_P"]
@@ -303,18 +302,17 @@ def test_learning_rate_groups_and_decay() -> None:
 
 def test_initial_weights() -> None:
     """Router the identity, residual and pad 0; residual outputs by the blocks on their stream: 2 outside, 4 with the main stack's 2."""
-    config = HNetConfig.model_validate(
-        {**BASE, "d_model": 64, "stages": [{"encoder": ATTENTION, "decoder": ATTENTION}], "main": {**ATTENTION, "n_layers": 2, "d_model": 96}}
-    )
+    main = {**ATTENTION, "n_layers": 2, "d_model": 96}
+    config = HNetConfig.model_validate({**BASE, **ONE_STAGE, "d_model": 64, "main": main})
     model = HNet(config, 200, T)
     model.reset_parameters(Init(config.init, names=qualified_names(model), seed=0, n_layers=4))
     (stage,) = model.bare_stages()
     assert torch.equal(stage.router.wq.weight, torch.eye(64))
     assert torch.equal(stage.router.wk.weight, torch.eye(64))
-    assert not any(p.any() for p in (stage.residual.weight, stage.residual.bias, stage.pad_P))
-    spread = {"out": stage.encoder.bare_blocks[0].mixer.wo, "in": model.main.bare_blocks[0].mixer.wo}
-    assert spread["out"].weight.std().item() == pytest.approx(0.3 / 2, rel=0.05)
-    assert spread["in"].weight.std().item() == pytest.approx(0.3 / 8**0.5, rel=0.05)
+    assert not any(p.any() for p in (*stage.residual.parameters(), stage.pad_P))
+    outer, inner = (stack.bare_blocks[0].mixer.get_parameter("wo.weight") for stack in (stage.encoder, model.main))
+    assert outer.std().item() == pytest.approx(0.3 / 2, rel=0.05)
+    assert inner.std().item() == pytest.approx(0.3 / 8**0.5, rel=0.05)
     assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
 
 
@@ -339,7 +337,11 @@ def test_impossible_tables(table: dict[str, Any], message: str) -> None:
     ("parallelism", "degrees", "message"),
     [
         ({"context_parallel_degree": 2}, Degrees(1, 1, 2, 1), "HNet cannot be divided: where its chunks begin depends on the data"),
-        ({"tensor_parallel_degree": 2}, Degrees(1, 1, 1, 2), "HNet cannot be divided: its stages have different numbers of tokens.*use false"),
+        (
+            {"tensor_parallel_degree": 2},
+            Degrees(1, 1, 1, 2),
+            "HNet cannot be divided: its stages have different.*use false",
+        ),
     ],
 )
 def test_divisions_of_the_sequence_are_refused(parallelism: dict[str, Any], degrees: Degrees, message: str) -> None:
@@ -355,3 +357,39 @@ def test_tensor_parallelism_without_divided_sequences_is_allowed() -> None:
     with torch.device("meta"):
         model = HNet(HNetConfig.model_validate({**BASE, **ONE_STAGE}), V, T)
     assert decide_division(model, config, Degrees(1, 1, 1, 2), seq_len=T, device_type="cpu").head_tail is False
+
+
+def low_precision() -> dict[str, Any]:
+    """A step in bfloat16 on this process's row: what the parts compute in, and what comes of it."""
+    table = HNetConfig.model_validate({**BASE, **ONE_STAGE, "embedding_std": 0.3})
+    model, _ = divided_model(table, vocab_size=V, seq_len=T, parallelism={}, param_dtype=torch.bfloat16)
+    assert isinstance(model, HNet)
+    (stage,) = model.bare_stages()
+    seen: dict[str, set[torch.dtype]] = {}
+    parts = {
+        "router": stage.router.wq,
+        "residual": stage.residual.linear,
+        "encoder": stage.encoder.bare_blocks[0].mixer.get_submodule("wq"),
+        "main": model.main.bare_blocks[0].mixer.get_submodule("wq"),
+    }
+    for name, part in parts.items():
+        part.register_forward_hook(lambda part, _, out, name=name: seen.update({name: {part.weight.dtype, out.dtype}}))
+    row = tokens(2)[dist.get_rank()][None]
+    objective = model(row, SequenceInfo.whole(1, T, first_row=dist.get_rank()), row)
+    (objective.total / (2 * T) + ratio_loss(objective, 0) / 2).backward()
+    finite = [name for name, p in model.named_parameters() if p.grad is None or not shard_of(p.grad).isfinite().all()]
+    ratio, counted = ratio_loss(objective, 0).detach() / 2, objective.aux["compression_0"].counted
+    dist.all_reduce(ratio)
+    return {"seen": seen, "not finite": finite, "ratio": ratio, "chunks": counted, "loss": objective.loss_sum / T}
+
+
+def test_router_and_residual_stay_fp32_under_bfloat16_and_counts_are_of_all_rows() -> None:
+    results = run_distributed(low_precision, 2)
+    for found in results:
+        fp32, bf16 = {torch.float32}, {torch.bfloat16}
+        assert found["seen"] == {"router": fp32, "residual": fp32, "encoder": bf16, "main": bf16}
+        assert found["not finite"] == []
+        assert 0.5 < found["ratio"].item() < 3.0
+        assert 2 < found["loss"].item() < 6
+    assert results[0]["chunks"] == results[1]["chunks"]
+    assert results[0]["chunks"] > 2

@@ -1,4 +1,4 @@
-"""The decoder divided over the processes of a distributed test. Not a test by itself."""
+"""A model divided over the processes of a distributed test. Not a test by itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,10 @@ import torch.distributed as dist
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from titanarch.contract.init import qualified_names
-from titanarch.models.decoder import Decoder, DecoderConfig
+from titanarch.contract.model import MODELS, Model
+from titanarch.models.decoder import Decoder
+from titanarch.models.decoder_config import DecoderConfig
+from titanarch.models.language_config import LanguageModelConfig
 from titanarch.parallel.apply import materialize, parallelize
 from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
@@ -18,8 +21,15 @@ SEED = 3
 Table = Mapping[str, Any]
 
 
-def divided_decoder(
-    table: Table,
+def divided_decoder(table: Table, **options: Any) -> tuple[Decoder, Mesh]:
+    """``divided_model`` of a decoder's [model] table."""
+    model, mesh = divided_model(DecoderConfig.model_validate(table), **options)
+    assert isinstance(model, Decoder)
+    return model, mesh
+
+
+def divided_model(
+    config: LanguageModelConfig,
     *,
     vocab_size: int,
     seq_len: int,
@@ -29,11 +39,11 @@ def divided_decoder(
     float8: Table | None = None,
     param_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
-) -> tuple[Decoder, Mesh]:
-    """The model of ``table`` on this process, with weights by ``SEED``, and the mesh. Tables as in a configuration."""
-    config, layout = DecoderConfig.model_validate(table), ParallelismConfig.model_validate(parallelism)
+) -> tuple[Model, Mesh]:
+    """The model of ``config`` on this process, with weights by ``SEED``, and the mesh. Tables as in a configuration."""
+    layout = ParallelismConfig.model_validate(parallelism)
     with torch.device("meta"):
-        model = Decoder(config, vocab_size, seq_len)
+        model = MODELS.of(config)(config, vocab_size, seq_len)
     names = qualified_names(model)
     degrees = resolve_degrees(layout, dist.get_world_size())
     mesh = build_mesh(degrees, "cpu")

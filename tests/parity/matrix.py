@@ -29,11 +29,12 @@ class Cell:
         assert self.difference is not None, "only a cell that was measured has them"
         return self.difference.loss, self.difference.gradient_norm if column.by_norm else self.difference.gradient
 
-    def exceeds(self, column: Column, dtype: str) -> bool:
-        """Whether it broke, or is further from one process than the bounds of its column."""
+    def exceeds(self, column: Column, dtype: str, *, at_least: float = 0.0) -> bool:
+        """Whether it broke, or is further from one process than the bounds of its column, or ``at_least`` in fp32."""
         if self.difference is None:
             return bool(self.failure)
-        return any(number > bound for number, bound in zip(self.numbers(column), column.bounds(dtype), strict=True))
+        bounds = (max(bound, at_least) if dtype == "float32" else bound for bound in column.bounds(dtype))
+        return any(number > bound for number, bound in zip(self.numbers(column), bounds, strict=True))
 
 
 class _References:
@@ -131,13 +132,18 @@ class Matrix:
         if cell.difference is not None:
             d = cell.difference
             shown = f"loss {d.loss:.1e}, gradients {d.gradient:.1e} ({d.where}), norm {d.gradient_norm:.1e}"
-        mark = "EXCEEDS " if cell.exceeds(column, self.dtype) else ""
+        mark = "EXCEEDS " if self.exceeds(row, column) else ""
         return f"{cell.seconds:6.1f} s  {row} | {column.name}: {mark}{shown}"
 
     def failures(self) -> list[str]:
         """A line for each cell that exceeds its bounds, or broke."""
         known = {column.name: column for column in (REFERENCE, *self.columns)}
-        return [self.line(row, known[column]) for (row, column), cell in self.cells.items() if cell.exceeds(known[column], self.dtype)]
+        return [self.line(row, known[column]) for row, column in self.cells if self.exceeds(row, known[column])]
+
+    def exceeds(self, row: str, column: Column) -> bool:
+        """Whether a cell broke, or is beyond its bounds."""
+        at_least = next((its.bound(column.name) for its in self.rows if its.name == row), 0.0)
+        return self.cells[row, column.name].exceeds(column, self.dtype, at_least=at_least)
 
     def markdown(self) -> str:
         """A table for each group of columns, and the reasons of empty cells."""
@@ -147,21 +153,23 @@ class Matrix:
             columns = [column for column in self.columns if column.group == group]
             lines = [f"| {group} | " + " | ".join(column.name for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
             for row in self.rows:
-                shown = [self._shown(self.cells.get((row.name, column.name)), column, reasons) for column in columns]
-                lines.append(f"| {row.name} | " + " | ".join(shown) + " |")
+                shown = [self._shown(row.name, column, reasons) for column in columns]
+                wider = ", ".join(f"{name.removeprefix('*') or 'bound'} {bound:g}" for name, bound in row.bounds.items())
+                lines.append(f"| {row.name}{f' ({wider})' if wider else ''} | " + " | ".join(shown) + " |")
             lines.append("| largest | " + " | ".join(self._largest(column) for column in columns) + " |")
             parts.append("\n".join(lines))
         if reasons:
             parts.append("Empty cells:\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()))
         return "\n\n".join(parts) + "\n"
 
-    def _shown(self, cell: Cell | None, column: Column, reasons: dict[str, int]) -> str:
+    def _shown(self, row: str, column: Column, reasons: dict[str, int]) -> str:
+        cell = self.cells.get((row, column.name))
         if cell is None:
             return ""
         if cell.difference is None:
             return f"({reasons.setdefault(cell.reason, len(reasons) + 1)})" if cell.reason else "**failed**"
         number = f"{max(cell.numbers(column)):.1e}"
-        return f"**{number}**" if cell.exceeds(column, self.dtype) else number
+        return f"**{number}**" if self.exceeds(row, column) else number
 
     def _largest(self, column: Column) -> str:
         found = [max(cell.numbers(column)) for (_, name), cell in self.cells.items() if name == column.name and cell.difference]

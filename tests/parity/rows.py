@@ -10,7 +10,7 @@ from typing import Any
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from titanarch.contract.channel import CHANNELS
-from titanarch.contract.mixer import MIXERS
+from titanarch.contract.mixer import MIXERS, RecurrentMixer
 from titanarch.contract.norm import NORMS
 from titanarch.contract.position import ABSOLUTE_POSITIONS, RELATIVE_POSITIONS
 
@@ -31,6 +31,9 @@ BASE: Table = {
 }
 
 
+EBT: Table = {**BASE, "name": "ebt", "step_size": 30.0}
+EBT_KEYS = {"optimizer.lr_multipliers.step_size": 10.0}
+
 HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {"name": "hnet", "embedding_std": 0.2}
 
 
@@ -38,7 +41,8 @@ HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} |
 class Row:
     """One model. ``model``: keys of [model] beside or instead of ``base``'s. ``imports``: modules that register what it names.
 
-    ``reasons``: why a column (by glob) says nothing of it. ``base``: keys that rows of one model spec share.
+    ``reasons``: why a column (by glob) says nothing of it. ``base``: keys that rows of one model spec share. ``keys``: others of the
+    configuration, dotted. ``bounds``: in fp32 by column (a glob), where rounding needs more than the column's.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Row:
     imports: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     base: Table = field(default_factory=lambda: BASE)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def table(self) -> Table:
@@ -55,8 +61,14 @@ class Row:
     def reason(self, column: str) -> str | None:
         return next((reason for pattern, reason in self.reasons.items() if fnmatchcase(column, pattern)), None)
 
+    def bound(self, column: str) -> float:
+        """In fp32; 0 where the column's own holds."""
+        return next((bound for pattern, bound in self.bounds.items() if fnmatchcase(column, pattern)), 0.0)
+
 
 DRAWS = {"packing": "draws are keyed by row and place in the row, and documents alone stand elsewhere"}
+
+ROUTED = {"packing": "the router's losses are of all tokens of a row, and documents alone stand in longer ones"}
 
 EVERYTHING: Table = {
     "dropout": 0.1,
@@ -104,9 +116,14 @@ def _rotary(scaling: str, **options: Any) -> Table:
     return {"kind": "rotary", "scaling": {"kind": scaling, **options}}
 
 
+RECURRENT_BOUND = 5e-5
+"""In fp32: a recurrence adds the same numbers up in another order where its state crosses processes."""
+
+
 def mixer_row(name: str, imports: tuple[str, ...] = ()) -> Row:
     """A registered mixer with its own defaults."""
-    return Row(f"mixer {name}", {"layers": [name]}, imports)
+    is_recurrent = name in MIXERS and issubclass(MIXERS[name], RecurrentMixer)
+    return Row(f"mixer {name}", {"layers": [name]}, imports, bounds={"*": RECURRENT_BOUND} if is_recurrent else {})
 
 
 def _mixers() -> Iterator[Row]:
@@ -156,7 +173,17 @@ def _wiring() -> Iterator[Row]:
         yield Row(f"norm {name}", {"norm": {"kind": name}, "position": position, "init": {"std": 0.05} if name == "none" else BASE["init"]})
     for name in CHANNELS:
         has_hidden = "d_ff" in CHANNELS[name].Config.model_fields
-        yield Row(f"channel {name}", {"channel": {"kind": name, **({"d_ff": D_FF} if has_hidden else {})}, "position": position})
+        table = {"kind": name, **({"d_ff": D_FF} if has_hidden else {})}
+        yield Row(f"channel {name}", {"channel": table, "position": position}, reasons=ROUTED if name == "moe" else {})
+    experts = {"kind": "moe", "d_ff": 24, "n_shared": 2, "top_k": 3, "scores": "sigmoid", "scaling_factor": 1.5, "bias_rate": 1e-2}
+    deepseek = {"channel_layers": ["channel", "experts"], "channels": {"experts": experts}, "position": position}
+    yield Row("channel moe in every second block, with a bias and shared experts", deepseek, reasons=ROUTED)
+    monarch = {"channel": {"kind": "swiglu", "d_ff": D_FF, "bias": True, "linear": "monarch"}, "position": position}
+    yield Row("channel swiglu of monarch layers", monarch, keys={"optimizer.lr_multipliers.monarch": 0.5})
+    for activation in ("isotropic", "elephant"):
+        yield Row(f"activation {activation}", {"channel": {"kind": "mlp", "d_ff": D_FF, "activation": activation}, "position": position})
+    values = {"layers": ["values_relu_attention"], "mixers": {"values_relu_attention": {"form": "first", "n_kv_heads": 2}}}
+    yield Row("values through one layer, no channel mixer", {**values, "channel": "none", "position": position})
 
 
 def _heads_and_draws() -> Iterator[Row]:
@@ -170,7 +197,8 @@ def _heads_and_draws() -> Iterator[Row]:
     yield Row("dropout 0.1 everywhere", dropped, reasons=DRAWS)
     learned = {"absolute": {"kind": "learned", "max_length": 64}, "start_augmentation": 48}
     yield Row("start augmentation", {"position": learned}, reasons=DRAWS)
-    yield Row("everything at once", EVERYTHING, reasons=DRAWS)
+    # One process in fp32 is itself 6e-6 from float64 in this row's bias networks, whose gradients are sums that cancel.
+    yield Row("everything at once", EVERYTHING, reasons=DRAWS, bounds={"CP2 ring": 2e-5})
 
 
 def _stage(mixer: str, **options: Any) -> Table:
@@ -184,6 +212,9 @@ def _hierarchies() -> Iterator[Row]:
     alone = "the ratio loss is of all tokens of a row, and documents alone stand in longer ones"
     one = {"stages": [_stage("attention", ratio=2.0)], "main": main, "position": position}
     yield Row("H-Net", one, reasons={"accumulation*": counted, "packing": alone}, base=HNET)
-    stages = [_stage("attention", ratio=1.5, channel="none"), _stage("attention", ratio=1.5, d_model=48)]
+    stages = [_stage("mamba2", ratio=1.5, channel="none"), _stage("attention", ratio=1.5, d_model=48)]
     two = {"stages": stages, "main": {**main, "d_model": 64}, "position": position, "ratio_loss_weight": 0.0}
-    yield Row("H-Net, two stages that widen, no ratio loss", two, base=HNET)
+    yield Row("H-Net, two stages that widen, Mamba-2 ends, no ratio loss", two, base=HNET)
+    yield Row("EBT, S1", {"start": "zeros"}, base=EBT, keys=EBT_KEYS)
+    thinking = {"detach": False, "loss": "last", "random_steps": 1, "random_step_scale": 2.0, "langevin_noise": 0.1}
+    yield Row("EBT, S2", {**thinking, "mixer": {"n_kv_heads": 2}}, reasons=DRAWS, base=EBT, keys=EBT_KEYS)

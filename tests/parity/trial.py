@@ -65,7 +65,7 @@ class Outcome:
 def configured(row: Row, column: Column, *, resumed: bool = False) -> RunConfig:
     """The configuration of a cell, with its seed filled in."""
     table: dict[str, Any] = {**RUN, "model": row.table}
-    for key, value in (column.resumed_keys if resumed else column.keys).items():
+    for key, value in {**row.keys, **(column.resumed_keys if resumed else column.keys)}.items():
         table = _with(table, key.split("."), value)
     return resolve.resolve(RunConfig.model_validate(table), seed=SEED, device_type="cpu")
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
     "check": Command("titanarch.cli.check", "check that a component, the package's or your own, keeps the contract"),
+    "components": Command("titanarch.cli.components", "list everything that a model can be made of"),
+    "new": Command("titanarch.cli.new", "begin a component of your own, with a configuration and tests"),
 }
 """Every subcommand: its module and its line of help."""
 

@@ -96,10 +96,10 @@ class Init:
         self.normal(module, "weight", 1.0 if self.config.scheme == "pytorch" else self.config.std)
 
     def normal(self, module: nn.Module, name: str, std: float, *, mean: float = 0.0) -> None:
-        self.fill(module, name, lambda shape, g: torch.randn(shape, generator=g) * std + mean)
+        self.fill(module, name, lambda shape, g: torch.randn(shape, generator=g, dtype=torch.float32) * std + mean)
 
     def uniform(self, module: nn.Module, name: str, bound: float, *, center: float = 0.0) -> None:
-        self.fill(module, name, lambda shape, g: (torch.rand(shape, generator=g) * 2 - 1) * bound + center)
+        self.fill(module, name, lambda shape, g: (torch.rand(shape, generator=g, dtype=torch.float32) * 2 - 1) * bound + center)
 
     def constant(self, module: nn.Module, name: str, value: float) -> None:
         self.fill(module, name, lambda shape, _: torch.full(shape, value))

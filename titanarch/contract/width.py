@@ -49,5 +49,7 @@ def _growth(name: str, ours: Tensor, theirs: Tensor, kind: Kind) -> Growth:
     if ours.dim() != theirs.dim():
         raise ConfigError(Problem(f"{name} has {ours.dim()} dimensions, in the base model {theirs.dim()}; change sizes alone", KEY))
     grown = [a / b for a, b in zip(ours.shape, theirs.shape, strict=True)]
+    if all(ratio == 1 for ratio in grown):
+        return Growth()
     is_matrix = kind is Kind.HIDDEN or (kind is Kind.VECTOR and sum(ratio != 1 for ratio in grown) > 1)
     return Growth(grown[-1], is_output=grown[-2] == 1) if is_matrix else Growth()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError, did_you_mean
 from titanarch.config.section import ListOf
+from titanarch.contract.card import Card
 from titanarch.contract.channel import ACTIVATIONS, Activation, ActivationConfig, activation
 
 Approximation = Literal["none", "tanh"]
@@ -24,6 +25,7 @@ class Identity(Activation):
     """x."""
 
     Config = IdentityConfig
+    card = Card("x", "-", "transformers ACT2FN linear")
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -38,6 +40,7 @@ class ReLU(Activation):
     """max(x, 0)."""
 
     Config = ReLUConfig
+    card = Card("max(x, 0)", "-", "transformers ACT2FN relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
@@ -52,6 +55,7 @@ class SquaredReLU(Activation):
     """max(x, 0)^2 (arXiv:2109.08668)."""
 
     Config = SquaredReLUConfig
+    card = Card("max(x, 0) squared", "arXiv:2109.08668", "transformers ACT2FN relu2")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
@@ -70,6 +74,7 @@ class GELU(Activation):
     """x Phi(x)."""
 
     Config = GELUConfig
+    card = Card("GELU, exact or by tanh", "arXiv:1606.08415", "transformers ACT2FN gelu, gelu_new")
     config: GELUConfig
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,6 +90,7 @@ class SiLU(Activation):
     """x sigmoid(x)."""
 
     Config = SiLUConfig
+    card = Card("SiLU (Swish)", "arXiv:1702.03118", "transformers ACT2FN silu")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -99,6 +105,7 @@ class Sigmoid(Activation):
     """1 / (1 + exp(-x))."""
 
     Config = SigmoidConfig
+    card = Card("sigmoid", "-", "transformers ACT2FN sigmoid")
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
@@ -128,6 +135,7 @@ class Mixed(Activation):
     """
 
     Config = MixedConfig
+    card = Card("several activations across units", "march (research notes)", "closed form")
 
     def __init__(self, config: MixedConfig) -> None:
         super().__init__(config)

@@ -3,6 +3,28 @@
 from titanarch.models import activations, channels, decoder, elephant, isotropic, linears, norms, positions
 from titanarch.models.hnet import model as hnet
 from titanarch.models.ebt import model as ebt
-from titanarch.models.mixers import attention, diff_attention, external, mla
+from titanarch.models.mixers import attention, diff_attention, external, gated_delta_net, gla, kda, mamba2, mla, retnet, rwkv7, values_relu
 
-REGISTERED = (activations, attention, channels, decoder, diff_attention, elephant, ebt, external, hnet, isotropic, linears, mla, norms, positions)
+REGISTERED = (
+    activations,
+    attention,
+    channels,
+    decoder,
+    diff_attention,
+    ebt,
+    elephant,
+    external,
+    gated_delta_net,
+    gla,
+    hnet,
+    isotropic,
+    kda,
+    linears,
+    mamba2,
+    mla,
+    norms,
+    positions,
+    retnet,
+    rwkv7,
+    values_relu,
+)

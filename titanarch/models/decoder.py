@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import State
@@ -24,6 +25,11 @@ class Decoder(LanguageModel):
     """Token embedding (+ absolute position), blocks, final norm (but in post_norm), head."""
 
     Config = DecoderConfig
+    card = Card(
+        "decoder of any mixers, channel mixers, norms and positions",
+        "-",
+        "transformers GPT2, Llama, Mistral, Qwen3, Gemma2, Cohere, SmolLM3",
+    )
     flavors = FLAVORS
     config: DecoderConfig
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from titanarch.contract.card import Card
 from titanarch.contract.init import Init
 from titanarch.contract.layers import local
 from titanarch.contract.norm import Norm, NormConfig, norm
@@ -26,6 +27,7 @@ class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias. torch computes the statistics of low precisions in fp32."""
 
     Config = LayerNormConfig
+    card = Card("LayerNorm", "arXiv:1607.06450", "torch.nn.LayerNorm")
 
     def __init__(self, config: LayerNormConfig, dim: int) -> None:
         super().__init__(config, dim)
@@ -60,6 +62,7 @@ class RMSNorm(Norm):
     """x / sqrt(mean x^2 + eps) * weight. torch computes the statistics of low precisions in fp32."""
 
     Config = RMSNormConfig
+    card = Card("RMSNorm", "arXiv:1910.07467", "closed form; transformers Llama")
 
     def __init__(self, config: RMSNormConfig, dim: int) -> None:
         super().__init__(config, dim)
@@ -89,6 +92,7 @@ class NoNorm(Norm):
     """x as it is."""
 
     Config = NoNormConfig
+    card = Card("no norm", "-", "closed form")
 
     def __init__(self, config: NoNormConfig, dim: int) -> None:
         super().__init__(config, dim)

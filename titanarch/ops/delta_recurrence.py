@@ -47,7 +47,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] in the dtype of v, and the state after the last token, [B, H, V, K] in fp32 (fp64 for fp64).
 
-    log_decay <= 0: [B, T, H], one a head, or [B, T, H, K], one a key channel. starts_BT: True at a document's first token, where what
+    log_decay <= 0: [B, T, H, 1], one a head, or [B, T, H, K], one a key channel. starts_BT: True at a document's first token, where what
     came before is forgotten; None: nowhere. state: what comes in, [B, H, V, K]; None: zero.
     """
     chunks = _delta_chunks(q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH, starts_BT)
@@ -111,7 +111,7 @@ def naive_recurrence(
 
 def _delta_chunks(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, starts: Tensor | None) -> _Chunks:
     """The writes are [V, C] Z = S W^T + Z_0, and (I + diag(beta) A) [W | Z_0] = diag(beta) [-k decayed | v] with A of decayed k k^T."""
-    g = _chunked(_forgetting(log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1), starts), v)
+    g = _chunked(_forgetting(log_decay, starts), v)
     q, k, v, beta = None if q is None else _chunked(q, v), _chunked(k, v), _chunked(v, v), _chunked(beta.unsqueeze(-1), v)
     w = torch.exp(g)
     rows = [k * w] if q is None else [k * w, q * w]

@@ -38,7 +38,7 @@ def ema_loop(x_BTD: Tensor, weight_BT: Tensor, starts_BT: Tensor) -> Tensor:
 
 def _recurrence(u_BTD: Tensor, log_decay_BT: Tensor, starts_BT: Tensor, chunk: int) -> Tensor:
     """y_t = exp(log_decay_t) y_{t-1} + u_t, and u_t where something starts. Logarithms are at most 0, and 0 at starts."""
-    B, T, D = u_BTD.shape
+    T = u_BTD.shape[1]
     Q = min(chunk, T)
     padding = -T % Q
     u_BCQD = F.pad(u_BTD, (0, 0, 0, padding)).unflatten(1, (-1, Q))

@@ -82,7 +82,7 @@ class Subject:
     @property
     def config(self) -> ComponentConfig:
         """Its Config, completed from [model] as in a run; a ConfigError where the table is wrong."""
-        assert self.component is not None, "an unknown component raises"
+        _ = self.component  # which raises where it is unknown
         if self.slot == "mixer":
             model = {"n_heads": N_HEADS, "position": {"relative": "rotary"}, "layers": [self.kind], "mixers": {self.kind: dict(self.table)}}
             table = {"mixers": complete(model)["mixers"]}

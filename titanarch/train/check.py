@@ -87,6 +87,9 @@ def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -
         Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers")
         for name in refused
     ]
+    compiled, mixers = config.compile.enable, (m for m in model.modules() if isinstance(m, BaseMixer))
+    reasons = dict.fromkeys(f"{type(m).__qualname__}: {why}" for m in mixers if (why := m.why_not_on(device_type, compiled=compiled)))
+    problems += [Problem(reason, "model.mixers") for reason in reasons]
     if degrees is not None:
         try:
             decide_division(model, config.parallelism, degrees, seq_len=config.training.seq_len, device_type=device_type)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.channel import channel_mixer
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
@@ -73,6 +74,7 @@ class ReGLU(GLU):
     """relu(gate) * up."""
 
     Config = ReGLUConfig
+    card = Card("gated linear unit with ReLU", "arXiv:2002.05202", "transformers LlamaMLP with relu")
 
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
         return F.relu(gate_BTF) * up_BTF
@@ -89,6 +91,7 @@ class GEGLU(GLU):
     """gelu(gate) * up."""
 
     Config = GEGLUConfig
+    card = Card("gated linear unit with GELU", "arXiv:2002.05202", "transformers LlamaMLP with gelu, T5DenseGatedActDense")
     config: GEGLUConfig
 
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
@@ -104,6 +107,7 @@ class SwiGLU(GLU):
     """silu(gate) * up."""
 
     Config = SwiGLUConfig
+    card = Card("gated linear unit with SiLU", "arXiv:2002.05202", "transformers LlamaMLP")
 
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
         return F.silu(gate_BTF) * up_BTF
@@ -118,6 +122,7 @@ class Bilinear(GLU):
     """gate * up, no activation at all."""
 
     Config = BilinearConfig
+    card = Card("gated linear unit without an activation", "arXiv:2002.05202", "transformers LlamaMLP with linear")
 
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
         return gate_BTF * up_BTF

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.channel import channel_mixer
 from titanarch.models.channels.glu import GLU, GLUConfig
 
@@ -27,6 +28,7 @@ class MixedAct(GLU):
     """sigmoid(gate) and relu(up), their mean or sum; ``gate`` is the slow projection, ``up`` the fast one."""
 
     Config = MixedActConfig
+    card = Card("a sigmoid and a ReLU together in every unit", "march (research notes)", "closed form")
     config: MixedActConfig
 
     def hidden(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.channel import ACTIVATIONS, ActivationConfig, channel_mixer
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
@@ -33,6 +34,7 @@ class MLP(HiddenChannel):
     """W_down a(W_up x)."""
 
     Config = MLPConfig
+    card = Card("the plain feed-forward layer, with any activation", "arXiv:1706.03762", "transformers GPT2MLP, T5DenseActDense")
     tensor_parallel: ClassVar[Mapping[str, Split]] = {"up": Split.COLUMN("d_ff"), "down": Split.ROW, "activation": Split.REPLICATED}
     float8 = frozenset({"up", "down"})
     second_derivatives = True

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.channel import ChannelConfig, ChannelMixer, channel_mixer
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
@@ -23,6 +24,7 @@ class NoChannel(ChannelMixer):
     """Adds nothing. A block leaves it out together with its norm."""
 
     Config = NoChannelConfig
+    card = Card("no channel mixer", "-", "closed form")
     tensor_parallel: ClassVar[Mapping[str, Split]] = {}
     second_derivatives = True
 

@@ -15,6 +15,7 @@ from titanarch.contract.position import RELATIVE_POSITIONS
 from titanarch.contract.shape import ModelShape
 from titanarch.models.flavors import FLAVORS, with_defaults
 from titanarch.models.mixers.attention import AttentionConfig, Positive
+from titanarch.models.norms import LayerNormConfig
 
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -36,8 +37,12 @@ class EBTConfig(ModelConfig):
     d_model: Positive = Field(description="width of the residual stream, channels")
     n_heads: Positive = Field(description="query heads, unless the mixer's table says otherwise")
     vocab_size: Positive | None = Field(None, description="rows of the embedding; unset: the tokenizer's vocabulary")
-    mixer: Annotated[MixerConfig, MIXERS] = Field(description="attention of every block; it rotates (rotary) unless its table says otherwise")
-    channel: Annotated[ChannelConfig, CHANNELS] = Field(description="what each block applies to every token; it must have second derivatives")
+    mixer: Annotated[MixerConfig, MIXERS] = Field(
+        description="attention of every block; it rotates (rotary) unless its table says otherwise"
+    )
+    channel: Annotated[ChannelConfig, CHANNELS] = Field(
+        description="what each block applies to every token; it must have second derivatives"
+    )
     norm: Annotated[NormConfig, NORMS] = Field(default_factory=lambda: NORMS.resolve("rmsnorm"), description="all norms over the stream")
     prediction_embedding: Literal["linear", "tied"] = Field(
         "linear", description="how a predicted distribution becomes a vector: linear, a matrix of its own; tied, the token embedding's"
@@ -57,8 +62,12 @@ class EBTConfig(ModelConfig):
     random_step_scale: Annotated[float, Field(ge=1)] = Field(
         1.0, description="in training step_size is drawn a token and step between itself / this and itself * this; 1: as it is"
     )
-    langevin_noise: NonNegative = Field(0.0, description="in training, standard deviation of the noise added to predictions before each step")
-    start: Literal["noise", "zeros"] = Field("noise", description="the first prediction, logits: N(0, 1) noise, or zeros (all tokens alike)")
+    langevin_noise: NonNegative = Field(
+        0.0, description="in training, standard deviation of the noise added to predictions before each step"
+    )
+    start: Literal["noise", "zeros"] = Field(
+        "noise", description="the first prediction, logits: N(0, 1) noise, or zeros (all tokens alike)"
+    )
     detach: bool = Field(True, description="no gradient passes from a step to the one before")
     loss: Literal["mean", "last"] = Field("mean", description="cross-entropy of all steps' predictions, averaged; or of the last one alone")
     replay_buffer: bool = Field(False, description="start some rows from their predictions of earlier steps; not built, so only false")
@@ -128,6 +137,11 @@ class EBTConfig(ModelConfig):
     def most_steps(self) -> int:
         """Steps that a forward of training computes."""
         return self.n_steps + self.random_steps
+
+    @property
+    def final_norm(self) -> NormConfig:
+        """The norm before the energy: without a bias, which would add the same to every energy and never have a gradient."""
+        return self.norm.model_copy(update={"bias": False}) if isinstance(self.norm, LayerNormConfig) else self.norm
 
     @property
     def attention(self) -> AttentionConfig:

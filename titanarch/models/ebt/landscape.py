@@ -112,7 +112,8 @@ class Landscape(nn.Module):
     def __init__(self, config: EBTConfig, shape: ModelShape) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EnergyBlock(config, shape, layer) for layer in range(shape.n_layers))
-        self.final_norm = NORMS.of(config.norm)(config.norm, shape.d_model)
+        last_norm = config.final_norm
+        self.final_norm = NORMS.of(last_norm)(last_norm, shape.d_model)
         self.head = EnergyHead(shape.d_model, 1, bias=False)
         self.step_MD = nn.Parameter(torch.empty(config.n_steps, shape.d_model)) if config.step_embedding else None
 

@@ -103,7 +103,7 @@ class EBT(Model):
         training += prediction * (4 * n_through + 2 * config.most_steps)
         training += 2.0 * V * D * (3 * n_through + 2 * config.most_steps + n_with_gradient)
         parameters = sum(block.parameters for block in blocks) + n_tables * V * D + D + config.learn_step_size
-        parameters += NORMS.of(config.norm).n_parameters(config.norm, D) + config.n_steps * D * config.step_embedding
+        parameters += NORMS.of(config.norm).n_parameters(config.final_norm, D) + config.n_steps * D * config.step_embedding
         return Cost(parameters=parameters, embedding_parameters=n_tables * V * D, forward_flops_per_token=training / 3)
 
     def blocks(self) -> Iterator[nn.Module]:

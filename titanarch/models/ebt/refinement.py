@@ -119,5 +119,6 @@ def _with_noise(p_BTV: Tensor, seq: SequenceInfo, std: float, site: int) -> Tens
     size = max(1, _CHUNK_LOGITS.get(p_BTV.device.type, _CHUNK_LOGITS["cuda"]) // (p_BTV.shape[0] * p_BTV.shape[2]))
     for start in range(0, p_BTV.shape[1], size):
         part = slice(start, start + size)
-        p_BTV[:, part] = normal(seed=seed, row_B=row_B, index_T=index_BT[:, part], site=site, n_channels=p_BTV.shape[2]) * std
+        noise = normal(seed=seed, row_B=row_B, index_T=index_BT[:, part], site=site, n_channels=p_BTV.shape[2])
+        p_BTV[:, part] = noise.to(p_BTV.dtype) * std
     return p_BTV

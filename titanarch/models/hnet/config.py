@@ -1,5 +1,6 @@
 """[model] of H-Net: the keys of every language model, the stages around, and the stack inside."""
 
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +11,7 @@ from titanarch.contract.shape import ModelShape
 from titanarch.models.flavors import complete_mixers
 from titanarch.models.hnet.chunks import n_slots
 from titanarch.models.language_config import LanguageModelConfig
-from titanarch.models.mixers.attention import AttentionConfig, Positive
+from titanarch.models.mixers.softmax import Positive, SoftmaxConfig
 
 Channel = Annotated[ChannelConfig, CHANNELS]
 
@@ -63,7 +64,8 @@ class HNetConfig(LanguageModelConfig):
     ratio_loss_weight: Annotated[float, Field(ge=0)] = Field(0.03, description="factor of each stage's ratio loss in the objective")
     embedding_std: Annotated[float, Field(gt=0)] = Field(1.0, description="standard deviation of the initial token embedding")
     lr_groups: bool = Field(
-        False, description="parameters of stage i and the main stack are the learning-rate groups stage_i and main (optimizer.lr_multipliers)"
+        False,
+        description="stage i and the main stack are learning-rate groups, stage_i and main in optimizer.lr_multipliers",
     )
 
     @field_validator("stages")
@@ -76,14 +78,14 @@ class HNetConfig(LanguageModelConfig):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "HNetConfig":
         levels = self.levels(1, 1)
-        for outer, inner in zip(levels, levels[1:], strict=False):
+        for outer, inner in pairwise(levels):
             if inner.shape.d_model < outer.shape.d_model:
                 raise ValueError(f"width {inner.shape.d_model} inside {outer.shape.d_model}: widths may only grow inward")
         for level in levels:
             for name in level.shape.layers:
                 mixer = self.mixers[name]
-                if isinstance(mixer, AttentionConfig):
-                    mixer.channels_per_head(level.shape.d_model)
+                if isinstance(mixer, SoftmaxConfig):
+                    mixer.check_sizes(level.shape.d_model)
         return self
 
     @model_validator(mode="before")

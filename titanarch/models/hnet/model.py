@@ -23,7 +23,7 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Aux, Carry
 from titanarch.models.block import Block
 from titanarch.models.hnet.chunks import find_chunks, n_slots
-from titanarch.models.hnet.config import HNetConfig
+from titanarch.models.hnet.config import HNetConfig, Level
 from titanarch.models.hnet.decoding import HNetStates
 from titanarch.models.hnet.ratio import ratio_terms, routing_sums
 from titanarch.models.hnet.stage import Main, Stack, Stage
@@ -63,10 +63,8 @@ class HNet(LanguageModel):
             if not is_main:
                 pad = built[number + 1].shape.d_model - D
                 own += linear_cost(D, D) + linear_cost(D, D) + linear_cost(D, D, bias=True) + Cost(parameters=pad)
-            for layer, name in enumerate(level.shape.layers):
-                parts = {"mixer": config.mixers[name], "channel": level.channel, "norm": config.norm, "residual": config.residual}
-                counted = Block.cost(seen.shape, layer, **parts)
-                own += replace(counted, parameters=Block.cost(level.shape, layer, **parts).parameters)
+            for layer in range(level.shape.n_layers):
+                own += replace(_block_cost(config, seen, layer), parameters=_block_cost(config, level, layer).parameters)
             cost += replace(own, forward_flops_per_token=own.forward_flops_per_token * level.share)
         return cost
 
@@ -137,6 +135,11 @@ class HNet(LanguageModel):
 
 ROUTING = "hnet.routing."
 """How names of the routers' sums in the carry start."""
+
+
+def _block_cost(config: HNetConfig, level: Level, layer: int) -> Cost:
+    mixer = config.mixers[level.shape.layers[layer]]
+    return Block.cost(level.shape, layer, mixer=mixer, channel=level.channel, norm=config.norm, residual=config.residual)
 
 
 def _run(stack: Stack, x: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:

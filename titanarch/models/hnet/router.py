@@ -1,4 +1,4 @@
-"""Where chunks begin: neighbouring tokens that a router finds unlike are parted.
+"""Where chunks begin: neighbouring tokens that a router finds unlike are parted; and the way around the chunks.
 
 Shapes: B rows, T tokens, D model dim.
 """
@@ -46,3 +46,21 @@ class Router(nn.Module):
         """How likely each token begins a chunk after the one before it, [B, T]."""
         cosine_BT = torch.cosine_similarity(self.wq(before_BTD), self.wk(x_BTD), dim=-1)
         return ((1 - cosine_BT) / 2).clamp(0.0, 1.0)
+
+
+class Residual(nn.Module):
+    """What tokens read of the chunks, plus a linear map of the tokens themselves, in fp32 at least."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.linear = WrapperLinear(d_model, d_model, bias=True)
+
+    def reset_parameters(self, init: Init) -> None:
+        """Zero, so that it starts with what passed through the stage alone."""
+        for name in ("weight", "bias"):
+            init.constant(self.linear, name, 0.0)
+
+    def forward(self, read_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] of both, fp32 at least."""
+        out: Tensor = read_BTD + self.linear(x_BTD)
+        return out

@@ -13,7 +13,7 @@ from titanarch.contract.norm import NORMS, Norm
 from titanarch.models.block import Block
 from titanarch.models.hnet.chunks import Chunks, gather_chunks, spread_chunks
 from titanarch.models.hnet.config import HNetConfig, Level
-from titanarch.models.hnet.router import Router, WrapperLinear
+from titanarch.models.hnet.router import Residual, Router
 
 
 class Stack(nn.Module):
@@ -77,7 +77,7 @@ class Stage(nn.Module):
         self.capacity = config.stages[number].capacity
         self.encoder = Stack(config, level, 0, n, has_norm=True)
         self.router = Router(D)
-        self.residual = WrapperLinear(D, D, bias=True)
+        self.residual = Residual(D)
         if inner > D:
             self.pad_P = nn.Parameter(torch.empty(inner - D))
         # After the outermost decoder stands the model's own norm.
@@ -87,8 +87,7 @@ class Stage(nn.Module):
         """Router: the identity; residual and pad vector: 0; blocks and norms their own."""
         self.encoder.reset_parameters(init)
         self.router.reset_parameters(init)
-        for name in ("weight", "bias"):
-            init.constant(self.residual, name, 0.0)
+        self.residual.reset_parameters(init)
         if "pad_P" in self._parameters:
             init.constant(self, "pad_P", 0.0)
         self.decoder.reset_parameters(init)
@@ -108,7 +107,6 @@ class Stage(nn.Module):
         return self.joined(x_BTD, spread_chunks(z_BSE[..., : self.d_model], p_BT, chunks))
 
     def joined(self, x_BTD: Tensor, read_BTD: Tensor) -> Tensor:
-        out: Tensor = read_BTD + self.residual(x_BTD)
+        """What the decoder reads, of the encoder's tokens and what they read of the chunks."""
+        out: Tensor = self.residual(read_BTD, x_BTD)
         return out.to(x_BTD.dtype)
-
-

@@ -68,7 +68,7 @@ class DiffAttention(Attention):
     def __init__(self, config: DiffAttentionConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
-        self.lambdas = HeadParams({name: (self.head_dim,) for name in ("q1_K", "k1_K", "q2_K", "k2_K")})
+        self.lambdas = HeadParams(dict.fromkeys(("q1_K", "k1_K", "q2_K", "k2_K"), (self.head_dim,)))
 
     @staticmethod
     def cost(config: DiffAttentionConfig, shape: ModelShape, layer: int) -> Cost:

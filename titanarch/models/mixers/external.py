@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError, Problem
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import LocalMixer, MixerConfig, mixer
@@ -41,6 +42,7 @@ class External(LocalMixer):
     """
 
     Config = ExternalConfig
+    card = Card("any nn.Module, by its import path", "-", "the module itself")
 
     def __init__(self, config: ExternalConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)

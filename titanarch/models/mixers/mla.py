@@ -130,10 +130,7 @@ class MLA(SoftmaxMixer):
         """The FLOPs are those of training, which makes every token's keys and values once."""
         D, H = shape.d_model, config.n_heads
         N, P, V, R, Q = config.sizes(D)
-        if Q:
-            cost = linear_cost(D, Q) + linear_cost(Q, H * (N + P)) + Cost(parameters=Q)
-        else:
-            cost = linear_cost(D, H * (N + P))
+        cost = linear_cost(D, Q) + linear_cost(Q, H * (N + P)) + Cost(parameters=Q) if Q else linear_cost(D, H * (N + P))
         cost += linear_cost(D, R) + linear_cost(D, P) + linear_cost(R, H * N) + linear_cost(R, H * V) + Cost(parameters=R)
         cost += SoftmaxMixer.ends_cost(config, shape, layer, turned_channels=P, d_out=H * V)
         cached = min(shape.seq_len, config.window or shape.seq_len)
@@ -156,10 +153,7 @@ class MLA(SoftmaxMixer):
     def project(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Streams, Carry]:
         """q [B, T, H, N + P]; latent [B, T, 1, R]; k_turned [B, T, 1, P]."""
         N, P, _, R, Q = self.sizes
-        if Q:
-            flat_q = self.wq_up(F.rms_norm(self.wq_down(x_BTD), (Q,), local(self.q_gain_Q), eps=EPS))
-        else:
-            flat_q = self.wq(x_BTD)
+        flat_q = self.wq_up(F.rms_norm(self.wq_down(x_BTD), (Q,), local(self.q_gain_Q), eps=EPS)) if Q else self.wq(x_BTD)
         q_BTHN, q_BTHP = flat_q.unflatten(-1, (-1, N + P)).split((N, P), dim=-1)
         k_BT1P = self.wk_turned(x_BTD).unsqueeze(2)
         for position in self.relative_positions():

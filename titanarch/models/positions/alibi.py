@@ -6,6 +6,7 @@ Shapes: H heads, N distances.
 import torch
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import RelativePosition, RelativePositionConfig, relative_position
@@ -35,6 +36,11 @@ class Alibi(RelativePosition):
     """logit -= slope_h |distance|, of the true distance, so it holds with sinks and soft-caps too."""
 
     Config = AlibiConfig
+    card = Card(
+        "ALiBi: a penalty linear in the distance",
+        "arXiv:2108.12409",
+        "transformers build_alibi_tensor (Bloom), build_mpt_alibi_tensor; x-transformers AlibiPositionalBias",
+    )
     has_table = True
     place: Tensor
 

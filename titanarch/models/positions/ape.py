@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import AbsolutePosition, AbsolutePositionConfig, absolute_position
@@ -93,6 +94,7 @@ class Average(CombinedPosition):
     """march's baseline."""
 
     Config = AverageConfig
+    card = Card("the average of token and position", "march (research notes)", "closed form")
     average = True
     unit_variance = False
 
@@ -106,6 +108,7 @@ class SumOverAverage(CombinedPosition):
     """A sum in place of the average."""
 
     Config = SumOverAverageConfig
+    card = Card("the sum of token and position", "march (research notes)", "closed form")
     average = False
     unit_variance = False
 
@@ -119,5 +122,6 @@ class UnitVariance(CombinedPosition):
     """The average, with positions of unit variance."""
 
     Config = UnitVarianceConfig
+    card = Card("the average, with positions of unit variance", "march (research notes)", "closed form")
     average = True
     unit_variance = True

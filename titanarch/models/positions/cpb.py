@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import RelativePosition, RelativePositionConfig, relative_position
@@ -128,6 +129,9 @@ class LinearCPB(DistanceCPB):
     """phi(d) = d. Unscaled, biases start with a standard deviation of about |d| / 4."""
 
     Config = LinearCPBConfig
+    card = Card(
+        "continuous position bias: a network of the distance", "arXiv:2111.09883, in one dimension", "x-transformers DynamicPositionBias"
+    )
 
 
 class LargeLinearCPBConfig(ScalableCPBConfig):
@@ -141,6 +145,9 @@ class LargeLinearCPB(DistanceCPB):
     """linear_cpb with a bigger network. The notes name it without a size; 1,024 units in one layer is our choice."""
 
     Config = LargeLinearCPBConfig
+    card = Card(
+        "linear_cpb with a bigger network", "position study (research notes)", "x-transformers DynamicPositionBias, through linear_cpb"
+    )
 
 
 class LogCPBConfig(ScalableCPBConfig):
@@ -152,6 +159,9 @@ class LogCPB(DistanceCPB):
     """phi(d) = sign(d) ln(1 + |d|)."""
 
     Config = LogCPBConfig
+    card = Card(
+        "continuous position bias of the distance's logarithm", "arXiv:2111.09883, in one dimension", "x-transformers DynamicPositionBias"
+    )
 
     def features(self, distance_N: Tensor) -> Tensor:
         distance_N1 = super().features(distance_N)
@@ -175,6 +185,7 @@ class FourierCPB(ContinuousPositionBias):
     """phi(d) = sin and cos of d theta^(-k / n), k = 0 .. n - 1. Bounded, so far distances get arbitrary biases."""
 
     Config = FourierCPBConfig
+    card = Card("continuous position bias of sines and cosines", "position study (research notes)", "closed form")
 
     def __init__(self, config: FourierCPBConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:
         super().__init__(config, shape, layer, n_heads, head_dim)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import local
@@ -46,6 +47,7 @@ class Learned(AbsolutePosition):
     """x + P[position] with a learned table P; there is nothing beyond its last row."""
 
     Config = LearnedConfig
+    card = Card("a learned table of positions", "arXiv:1705.03122", "transformers GPT2LMHeadModel")
 
     def __init__(self, config: LearnedConfig, shape: ModelShape) -> None:
         super().__init__(config, shape)

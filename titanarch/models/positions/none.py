@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import (
@@ -24,6 +25,7 @@ class NoAbsolutePosition(AbsolutePosition):
     """Leaves the embeddings as they are."""
 
     Config = NoAbsolutePositionConfig
+    card = Card("no positions in the embeddings (NoPE)", "arXiv:2305.19466", "closed form")
 
     def __init__(self, config: NoAbsolutePositionConfig, shape: ModelShape) -> None:
         super().__init__(config, shape)
@@ -48,6 +50,7 @@ class NoRelativePosition(RelativePosition):
     """Neither rotates nor biases."""
 
     Config = NoRelativePositionConfig
+    card = Card("neither rotation nor bias (NoPE)", "arXiv:2305.19466", "closed form")
 
     def __init__(self, config: NoRelativePositionConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:
         super().__init__(config, shape, layer, n_heads, head_dim)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from titanarch.config.errors import ConfigError
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import RelativePosition, RelativePositionConfig, relative_position
@@ -68,6 +69,11 @@ class Rotary(RelativePosition):
     """
 
     Config = RotaryConfig
+    card = Card(
+        "rotary positions, partial or whole, with scaling for long contexts",
+        "arXiv:2104.09864",
+        "transformers Llama, GPT-NeoX, rope utilities; rotary_embedding_torch",
+    )
     rotates = True
 
     def __init__(self, config: RotaryConfig, shape: ModelShape, layer: int, n_heads: int, head_dim: int) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from titanarch.config.errors import ConfigError
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import local
@@ -47,6 +48,7 @@ class Sinusoidal(AbsolutePosition):
     """x + P[position]; any position has an embedding."""
 
     Config = SinusoidalConfig
+    card = Card("sinusoidal positions", "arXiv:1706.03762", "closed form")
 
     def __init__(self, config: SinusoidalConfig, shape: ModelShape) -> None:
         """Raises ConfigError where d_model is odd."""
@@ -77,6 +79,7 @@ class ScaledSinusoidal(AbsolutePosition):
     """x + s P[position] with one learned s."""
 
     Config = ScaledSinusoidalConfig
+    card = Card("sinusoidal positions times a learned number", "lucidrains/x-transformers", "x-transformers ScaledSinusoidalEmbedding")
 
     def __init__(self, config: ScaledSinusoidalConfig, shape: ModelShape) -> None:
         """Raises ConfigError where d_model is odd."""

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.position import RelativePosition, RelativePositionConfig, relative_position
@@ -76,6 +77,7 @@ class T5Bias(RelativePosition):
     """The table of the first layer of a mixer's name, handed upward through the carry."""
 
     Config = T5Config
+    card = Card("T5's bias: a learned number a bucket of distances", "arXiv:1910.10683", "transformers T5Attention")
     has_table = True
     learned_table = True
 
