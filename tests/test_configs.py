@@ -187,3 +187,29 @@ def test_arms_of_the_course_lab_change_one_thing(arm: str, sections: set[str]) -
     if arm == "swiglu":  # three matrices in place of two, and one more bias of 512 less 256 saved
         gained = 6 * ((3 * 192 * 512 + 2 * 512 + 192) - (2 * 192 * 768 + 768 + 192))
         assert cost_of(f"{COURSE}/{arm}.toml").parameters - cost_of(f"{COURSE}/base.toml").parameters == gained
+
+
+MARCH = sorted(name for name in FILES if name.startswith("studies/march/"))
+
+
+@pytest.mark.parametrize("name", [name for name in MARCH if "more_heads" not in name])
+def test_marchs_arms_have_as_many_parameters(name: str) -> None:
+    base = cost_of("studies/march/base.toml").non_embedding_parameters
+    assert cost_of(name).non_embedding_parameters == pytest.approx(base, rel=0.01)
+
+
+def test_marchs_base_has_36_million_parameters() -> None:
+    assert cost_of("studies/march/base.toml").parameters == pytest.approx(36e6, rel=0.02)
+    assert loaded("studies/march/base.toml").training.global_batch_size * loaded("studies/march/base.toml").training.seq_len == 1_048_576
+
+
+ARCHITECTURES = sorted(name for name in FILES if name.startswith("architectures/"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_have_as_many_parameters_as_small(name: str) -> None:
+    """Or as many active ones, where each token goes through a part of them."""
+    small, cost = cost_of("small_alibi.toml").non_embedding_parameters, cost_of(name)
+    assert small == pytest.approx(cost.non_embedding_parameters, rel=0.01) or small == pytest.approx(
+        cost.active_non_embedding_parameters, rel=0.01
+    )

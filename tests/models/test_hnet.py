@@ -7,16 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor
 
-import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
+from tests.models.hnet_oracle import BASE, LENGTHS, ONE_STAGE, TWO_STAGES, VARIANTS, Oracle, T, V, hnet, packed, tokens
 from tests.parallel.divided import divided_model
-from titanarch.config.errors import ConfigError
-from titanarch.contract.init import Init, qualified_names
 from titanarch.contract.model import Objective
-from titanarch.contract.roles import roles_of
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Carry
 from titanarch.models.hnet import chunks as chunking
@@ -24,100 +20,7 @@ from titanarch.models.hnet.config import HNetConfig
 from titanarch.models.hnet.model import HNet
 from titanarch.models.hnet.ratio import ratio_terms
 from titanarch.models.hnet.stage import Stack
-from titanarch.parallel.check import decide_division
-from titanarch.parallel.config import ParallelismConfig
-from titanarch.parallel.mesh import Degrees
 from titanarch.train.local_optimizers import shard_of
-
-V, T = 41, 32
-LENGTHS = (9, 1, 22)
-BASE: dict[str, Any] = {"d_model": 16, "n_heads": 2, "channel": {"kind": "mlp", "d_ff": 24}, "init": {"std": 0.3}}
-ATTENTION = {"layers": ["attention"]}
-ONE_STAGE = {"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "ratio": 3.0}], "main": ATTENTION, "position": {"relative": "rotary"}}
-TWO_STAGES = {
-    "stages": [
-        {"encoder": {"layers": ["mamba2"]}, "decoder": {"layers": ["mamba2", "attention"]}, "channel": "none", "ratio": 2.0},
-        {"encoder": ATTENTION, "decoder": ATTENTION, "d_model": 24, "ratio": 1.5},
-    ],
-    "main": {"layers": ["attention"], "n_layers": 2, "d_model": 32, "channel": {"kind": "swiglu", "d_ff": 20}},
-    "position": {"relative": ["rotary", "alibi"]},
-    "mixers": {"mamba2": {"head_dim": 8, "state_dim": 4}},
-}
-VARIANTS = {"one_stage": ONE_STAGE, "two_stages": TWO_STAGES, "post_norm": {**ONE_STAGE, "residual": "post_norm"}}
-
-
-def hnet(table: dict[str, Any], *, seed: int = 0) -> HNet:
-    """In float64; what starts at zero or at the identity is moved, so that every part and every gradient counts."""
-    config = HNetConfig.model_validate({**BASE, **table})
-    model = HNet(config, V, T)
-    model.reset_parameters(Init(config.init, names=qualified_names(model), seed=seed, n_layers=9))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for stage in model.bare_stages():
-            moved = [stage.router.wq.weight, stage.router.wk.weight, *stage.residual.parameters(), *stage.parameters(recurse=False)]
-            for parameter in moved:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.double()
-
-
-def tokens(n_rows: int = 1) -> Tensor:
-    return torch.randint(V, (n_rows, T), generator=torch.Generator().manual_seed(1))
-
-
-def packed() -> SequenceInfo:
-    """A row of three documents."""
-    return replace(
-        SequenceInfo.whole(1, T),
-        position_BT=torch.cat([torch.arange(n) for n in LENGTHS])[None],
-        document_BT=torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None],
-        packed=True,
-    )
-
-
-class Oracle:
-    """The equations a document and a token at a time; only the blocks are the model's. ``p``: each stage's probabilities."""
-
-    def __init__(self, model: HNet) -> None:
-        self.model = model
-        self.p: list[list[Tensor]] = [[] for _ in model.stages]
-
-    def hidden(self, tokens_T: Tensor) -> Tensor:
-        x = self.level(0, self.model.embedding.weight[tokens_T])
-        return x if self.model.final_norm is None else self.model.final_norm(x)
-
-    def level(self, number: int, x_TD: Tensor) -> Tensor:
-        if number == len(self.model.stages):
-            return self.blocks(self.model.main, x_TD)
-        stage = self.model.bare_stages()[number]
-        x_TD = self.blocks(stage.encoder, x_TD)
-        p = [x_TD.new_ones(())]
-        for t in range(1, len(x_TD)):
-            q, k = stage.router.wq.weight @ x_TD[t - 1], stage.router.wk.weight @ x_TD[t]
-            p.append((1 - (q @ k) / (q @ q).sqrt() / (k @ k).sqrt()) / 2)
-        self.p[number] += p
-        begins = [t for t in range(len(p)) if p[t] > 0.5]
-        wider = [torch.cat([x_TD[t], stage.pad_P]) if "pad_P" in stage._parameters else x_TD[t] for t in begins]
-        z = iter(self.level(number + 1, torch.stack(wider)))
-        out, average = [], torch.zeros_like(x_TD[0])
-        for t in range(len(x_TD)):
-            if t in begins:
-                weight = p[t] if t == 0 else p[t].clamp(1e-4, 1 - 1e-4)
-                average = weight * next(z)[: len(x_TD[t])] + (1 - weight) * average
-            decided = p[t] if t in begins else 1 - p[t]
-            residual = stage.residual.linear.weight @ x_TD[t] + stage.residual.linear.bias
-            out.append(average * (decided + (1 - decided).detach()) + residual)
-        return self.blocks(stage.decoder, torch.stack(out))
-
-    def blocks(self, stack: Stack, x_TD: Tensor) -> Tensor:
-        x = x_TD[None]
-        for block in stack.bare_blocks:
-            x, _ = block(x, SequenceInfo.whole(1, len(x_TD)), Carry.empty())
-        return (x if stack.norm is None else stack.norm(x))[0]
-
-    def ratio_loss(self, number: int) -> Tensor:
-        N, p = self.model.config.stages[number].ratio, torch.stack(self.p[number])
-        share = (p > 0.5).double().mean()
-        return N / (N - 1) * ((N - 1) * share * p.mean() + (1 - share) * (1 - p.mean()))
 
 
 def gradients(model: HNet, loss: Tensor) -> dict[str, Tensor]:
@@ -270,93 +173,6 @@ def test_shares_of_the_ratio_loss_make_that_of_all_rows() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found, p), torch.autograd.grad(expected, p), rtol=1e-12, atol=1e-12)
     assert terms[0]["overflow_0"].total.item() == 4
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_cost_counts_every_parameter(name: str) -> None:
-    model = hnet(VARIANTS[name])
-    assert HNet.cost(model.config, V, T).parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_flops_inside_count_once_a_chunk() -> None:
-    """The toy of one stage without mixers' products by distance: 2 x the matrices a token passes, those inside / ratio."""
-    model = hnet({**ONE_STAGE, "position": {}})
-    D, F_, ratio = 16, 24, 3.0
-    block = 2 * (4 * D * D + 2 * D * F_)
-    keys = lambda n: 4 * D * (n + 1) / 2  # noqa: E731
-    expected = 2 * V * D + 2 * (block + keys(T)) + 2 * 3 * D * D + (block + keys(round(T / ratio))) / ratio
-    assert HNet.cost(model.config, V, T).forward_flops_per_token == pytest.approx(expected, rel=1e-12)
-
-
-def test_learning_rate_groups_and_decay() -> None:
-    roles = roles_of(hnet({**TWO_STAGES, "lr_groups": True}))
-    groups = {name.split(".layers")[0]: role.lr_group for name, role in roles.items()}
-    assert groups["stages.0.encoder"] == groups["stages.0.router.wq.weight"] == groups["stages.0.pad_P"] == "stage_0"
-    assert groups["stages.1.decoder"] == groups["stages.1.residual.linear.bias"] == "stage_1"
-    assert groups["main"] == "main"
-    assert groups["embedding.weight"] == groups["head.weight"] == "default"
-    router, pad = roles["stages.0.router.wk.weight"], roles["stages.0.pad_P"]
-    assert (router.decay, router.muon, pad.decay, pad.muon) == (True, False, False, False)
-    assert {role.lr_group for role in roles_of(hnet(TWO_STAGES)).values()} == {"default"}
-
-
-def test_initial_weights() -> None:
-    """Router the identity, residual and pad 0; residual outputs by the blocks on their stream: 2 outside, 4 with the main stack's 2."""
-    main = {**ATTENTION, "n_layers": 2, "d_model": 96}
-    config = HNetConfig.model_validate({**BASE, **ONE_STAGE, "d_model": 64, "main": main})
-    model = HNet(config, 200, T)
-    model.reset_parameters(Init(config.init, names=qualified_names(model), seed=0, n_layers=4))
-    (stage,) = model.bare_stages()
-    assert torch.equal(stage.router.wq.weight, torch.eye(64))
-    assert torch.equal(stage.router.wk.weight, torch.eye(64))
-    assert not any(p.any() for p in (*stage.residual.parameters(), stage.pad_P))
-    outer, inner = (stack.bare_blocks[0].mixer.get_parameter("wo.weight") for stack in (stage.encoder, model.main))
-    assert outer.std().item() == pytest.approx(0.3 / 2, rel=0.05)
-    assert inner.std().item() == pytest.approx(0.3 / 8**0.5, rel=0.05)
-    assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"main": {"layers": ["attention"], "d_model": 8}}, "width 8 inside 16: widths may only grow inward"),
-        ({"main": {"layers": ["attention"], "d_model": 17}}, "d_model .17. is not a multiple of n_heads"),
-        ({"stages": []}, "at least 1 item"),
-        ({"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "d_model": 16}]}, "give model.d_model instead"),
-        ({"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "capacity": 1.5}]}, "less than or equal to 1"),
-        ({"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "ratio": 1.0}]}, "greater than 1"),
-        ({"main": {"layers": ["no_such_mixer"]}}, "unknown mixer 'no_such_mixer'"),
-    ],
-)
-def test_impossible_tables(table: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        HNetConfig.model_validate({**BASE, **ONE_STAGE, **table})
-
-
-@pytest.mark.parametrize(
-    ("parallelism", "degrees", "message"),
-    [
-        ({"context_parallel_degree": 2}, Degrees(1, 1, 2, 1), "HNet cannot be divided: where its chunks begin depends on the data"),
-        (
-            {"tensor_parallel_degree": 2},
-            Degrees(1, 1, 1, 2),
-            "HNet cannot be divided: its stages have different.*use false",
-        ),
-    ],
-)
-def test_divisions_of_the_sequence_are_refused(parallelism: dict[str, Any], degrees: Degrees, message: str) -> None:
-    config = ParallelismConfig.model_validate(parallelism)
-    with torch.device("meta"):
-        model = HNet(HNetConfig.model_validate({**BASE, **ONE_STAGE}), V, T)
-    with pytest.raises(ConfigError, match=message):
-        decide_division(model, config, degrees, seq_len=T, device_type="cpu")
-
-
-def test_tensor_parallelism_without_divided_sequences_is_allowed() -> None:
-    config = ParallelismConfig.model_validate({"tensor_parallel_degree": 2, "enable_sequence_parallel": False})
-    with torch.device("meta"):
-        model = HNet(HNetConfig.model_validate({**BASE, **ONE_STAGE}), V, T)
-    assert decide_division(model, config, Degrees(1, 1, 1, 2), seq_len=T, device_type="cpu").head_tail is False
 
 
 def low_precision() -> dict[str, Any]:

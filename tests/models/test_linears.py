@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from tests.models.materialize import materialized, n_parameters, shape
 from titanarch.config.errors import ConfigError
 from titanarch.config.load import load_config
 from titanarch.contract.channel import CHANNELS
+from titanarch.contract.init import Init
 from titanarch.contract.layers import Linear
 from titanarch.contract.linear import LINEARS
 from titanarch.contract.roles import roles_of
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.models.channels.hidden import HiddenChannel
-from titanarch.models.decoder import Decoder, DecoderConfig
+from titanarch.models.decoder import Decoder
+from titanarch.models.decoder_config import DecoderConfig
 from titanarch.models.linears.monarch import Monarch, MonarchConfig, assembled, monarch, projected
 from titanarch.parallel.check import why_not_divided
 from titanarch.train.optimizers import build_optimizers
@@ -42,7 +43,7 @@ def layer(d_in: int, d_out: int, n_blocks: int, *, init: str = "unit", bias: boo
 class Wrapped(Monarch):
     """With the method's name that components have."""
 
-    def reset_parameters(self, init) -> None:
+    def reset_parameters(self, init: Init) -> None:
         self.reset(init)
 
 
@@ -58,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_assembled_matrix(d_in: int, d_ou
     assert (assembled(module.right_KQP, module.left_KSQ) - matrix).abs().max() < 1e-12
     leaves = [x, *module.parameters()]
     grads = torch.autograd.grad((module(x) * w).sum(), leaves)
-    expected = x @ assembled(module.right_KQP, module.left_KSQ).T + module.bias
+    expected = x @ assembled(module.right_KQP, module.left_KSQ).T + module.get_parameter("bias")
     assert (module(x) - expected).abs().max() < 1e-12
     for found, wanted in zip(grads, torch.autograd.grad((expected * w).sum(), leaves), strict=True):
         assert (found - wanted).abs().max() / wanted.abs().max() < 1e-12
@@ -136,9 +137,8 @@ def test_its_learning_rate_is_configured() -> None:
     config = load_config(folder / "monarch.toml", [], RunConfig).config
     with torch.device("meta"):
         assert isinstance(config.model, DecoderConfig)
-        model = Decoder(config.model, 64, 16)
-    named: list[tuple[str, Tensor]] = [(n, nn.Parameter(torch.zeros(()))) for n, _ in model.named_parameters()]
-    roles = {name: role if not role.muon else role.with_lr_group("default") for name, role in roles_of(model).items()}
+        model = Decoder(config.model.model_copy(update={"n_layers": 1}), 64, 16)
+    named, roles = list(model.to_empty(device="cpu").named_parameters()), roles_of(model)
     build_optimizers(config.optimizer, named, roles)
     without = config.optimizer.model_copy(update={"lr_multipliers": {}})
     with pytest.raises(ConfigError, match=r"add monarch = 1\.0"):

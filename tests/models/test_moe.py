@@ -1,6 +1,7 @@
 """Mixture of experts against transformers' blocks and closed forms; channel mixers by layer."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from titanarch.contract.roles import roles_of
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Carry
 from titanarch.models.channels.moe import MoE
-from titanarch.models.decoder import Decoder, DecoderConfig
+from titanarch.models.decoder import Decoder
+from titanarch.models.decoder_config import DecoderConfig
 from titanarch.ops.grouped_mm import grouped_mm, grouped_mm_operator
 
 B, T, D, F_, E = 3, 10, 16, 24, 6
@@ -74,7 +76,7 @@ def deepseek() -> tuple[MoE, nn.Module]:
 
 
 @pytest.mark.parametrize("form", [mixtral, deepseek])
-def test_outputs_and_gradients_are_transformers(form) -> None:
+def test_outputs_and_gradients_are_transformers(form: Callable[[], tuple[MoE, nn.Module]]) -> None:
     module, reference = form()
     with torch.no_grad():
         for mine, theirs in _pairs(module, reference, grad=False):
@@ -91,12 +93,15 @@ def test_outputs_and_gradients_are_transformers(form) -> None:
         assert relative(mine, theirs) < 1e-6
 
 
-def _pairs(module: MoE, reference: nn.Module, *, grad: bool):
+def _pairs(module: MoE, reference: nn.Module, *, grad: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Each of this module's tensors with the reference's that holds it."""
 
     def of(m: nn.Module, name: str) -> Tensor:
         p = m.get_parameter(name)
-        return p.grad if grad else p
+        if not grad:
+            return p
+        assert p.grad is not None, name
+        return p.grad
 
     gate_up = of(reference, "experts.gate_up_proj")
     yield of(module, "router.weight"), of(reference, "gate.weight")

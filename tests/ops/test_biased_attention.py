@@ -54,6 +54,20 @@ def test_a_written_out_mask_equals_the_definition(name: str) -> None:
         torch.testing.assert_close(got[key], expected[key], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_several_heads_at_once_without_a_table_equal_the_definition(packed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 96, 4, 8, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
+    side = AttentionTokens(torch.arange(96), (torch.arange(96) // 40).expand(2, 96))
+    found = []
+    for attention in (reference_attention, biased_attention):
+        y, lse = attention(*leaves, query=side, key=side, scale=0.3, packed=packed, return_lse=True)
+        assert lse is not None
+        found.append((y, lse, *torch.autograd.grad(y.square().sum() + lse.square().sum(), leaves)))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", [Case(), Case(learn_table=False), Case(sinks=True, soft_cap=2.0, dropout=0.1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision_is_near_float64(case: Case, dtype: torch.dtype) -> None:

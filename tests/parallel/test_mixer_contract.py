@@ -11,18 +11,36 @@ from tests.distributed import run_distributed
 from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
 from titanarch.contract.init import Init, InitConfig, qualified_names
 from titanarch.contract.mixer import MIXERS as MIXERS_BY_KIND
-from titanarch.contract.mixer import SequenceMixer
+from titanarch.contract.mixer import SequenceMixer, Streams
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel
 from titanarch.models.mixers.attention import Attention, AttentionConfig
+from titanarch.models.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from titanarch.models.mixers.kda import KDA, KDAConfig
+from titanarch.models.mixers.rwkv7 import RWKV7, RWKV7Config
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.context_parallel import apply_context_parallel
 from titanarch.parallel.tensor_parallel import apply_tensor_parallel
 
 B, T, D = 2, 16, 16
 SHAPE = ModelShape(d_model=D, vocab_size=32, seq_len=T, layers=("mixer",))
+
+
+DEEP = ModelShape(d_model=D, vocab_size=32, seq_len=T, layers=("mixer", "mixer"))
+
+
+class LaterRWKV7(RWKV7):
+    """RWKV-7 of a second block, given values of a first one, with weights that are not zero."""
+
+    def reset_parameters(self, init: Init) -> None:
+        for module in self.modules():
+            for name, _ in module.named_parameters(recurse=False):
+                init.normal(module, name, 0.4)
+
+    def project(self, x_BTD: torch.Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Streams, Carry]:
+        return super().project(x_BTD, seq, carry.with_value("v_first.mixer", torch.sin(self.wv(x_BTD))))
 
 
 def attention(**options: object) -> Attention:
@@ -58,8 +76,12 @@ MIXERS = {
     ),
     "toy_ssm": lambda: ToySSM(ToySSMConfig(), SHAPE, 0),
     "toy_ssm_four_heads": lambda: ToySSM(ToySSMConfig(n_heads=4, n_groups=2), SHAPE, 0),
+    "gated_delta_net": lambda: GatedDeltaNet(GatedDeltaNetConfig(n_heads=4, n_key_heads=2), SHAPE, 0),
+    "kda": lambda: KDA(KDAConfig(n_heads=4), SHAPE, 0),
+    "rwkv7": lambda: LaterRWKV7(RWKV7Config(n_heads=4), DEEP, 1),
 }  # fmt: skip
-ATTENTION = [name for name in MIXERS if "ssm" not in name]
+RECURRENT = ("toy_ssm", "toy_ssm_four_heads", "gated_delta_net", "kda", "rwkv7")
+ATTENTION = [name for name in MIXERS if name not in RECURRENT]
 CASES_OF_TWO = (
     [(name, "tensor") for name in MIXERS]
     + [(name, "heads") for name in MIXERS]
@@ -68,13 +90,15 @@ CASES_OF_TWO = (
     + [(name, "ring") for name in ATTENTION]
     + [(name, "head_tail ring") for name in ATTENTION]
     + [(name, "head_tail heads") for name in MIXERS]
-    + [(name, "state") for name in MIXERS if "ssm" in name]
+    + [(name, "state") for name in RECURRENT]
 )
 # Head-tail parts are of two tokens, as far as the toy SSM looks back.
 CASES_OF_FOUR = [(name, method) for name in ATTENTION for method in ("ring", "head_tail ring")] + [
     ("gqa_everything", "head_tail gather"),
     ("mqa", "head_tail heads"),
     ("toy_ssm_four_heads", "state"),
+    ("gated_delta_net", "state"),
+    ("rwkv7", "state"),
 ]
 
 

@@ -94,7 +94,9 @@ def two_ranks() -> list[dict[tuple[str, str], Outcome]]:
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 @pytest.mark.parametrize("over", ["row", "batch"])
-def test_two_processes_equal_one(alone, two_ranks, over: str, layout: str) -> None:
+def test_two_processes_equal_one(
+    alone: dict[tuple[str, str], Outcome], two_ranks: list[dict[tuple[str, str], Outcome]], over: str, layout: str
+) -> None:
     expected = alone[over, "one"]
     for ranks in two_ranks:
         found = ranks[over, layout]

@@ -68,7 +68,10 @@ class Row:
 
 DRAWS = {"packing": "draws are keyed by row and place in the row, and documents alone stand elsewhere"}
 
-ROUTED = {"packing": "the router's losses are of all tokens of a row, and documents alone stand in longer ones"}
+ROUTED = {
+    "packing": "the router's losses are of all tokens of a row, and documents alone stand in longer ones",
+    "float8*": "rounding to 8 bits sends tokens to other experts, and gradients jump with the choice",
+}
 
 EVERYTHING: Table = {
     "dropout": 0.1,
@@ -206,15 +209,16 @@ def _stage(mixer: str, **options: Any) -> Table:
 
 
 def _hierarchies() -> Iterator[Row]:
-    """H-Net; what starts at zero or one is spread by training in the steps after the first."""
+    """H-Net."""
     main, position = {"layers": ["attention"], "n_layers": 2}, {"relative": "rotary"}
     counted = "the ratio loss of a micro-batch is of its own share of boundaries, which no sum over micro-batches gives"
     alone = "the ratio loss is of all tokens of a row, and documents alone stand in longer ones"
+    decides = {"float8*": "rounding to 8 bits moves tokens over the threshold of the router, which decides and does not round"}
     one = {"stages": [_stage("attention", ratio=2.0)], "main": main, "position": position}
-    yield Row("H-Net", one, reasons={"accumulation*": counted, "packing": alone}, base=HNET)
+    yield Row("H-Net", one, reasons={"accumulation*": counted, "packing": alone, **decides}, base=HNET)
     stages = [_stage("mamba2", ratio=1.5, channel="none"), _stage("attention", ratio=1.5, d_model=48)]
     two = {"stages": stages, "main": {**main, "d_model": 64}, "position": position, "ratio_loss_weight": 0.0}
-    yield Row("H-Net, two stages that widen, Mamba-2 ends, no ratio loss", two, base=HNET)
+    yield Row("H-Net, two stages that widen, Mamba-2 ends, no ratio loss", two, reasons=decides, base=HNET)
     yield Row("EBT, S1", {"start": "zeros"}, base=EBT, keys=EBT_KEYS)
     thinking = {"detach": False, "loss": "last", "random_steps": 1, "random_step_scale": 2.0, "langevin_noise": 0.1}
     yield Row("EBT, S2", {**thinking, "mixer": {"n_kv_heads": 2}}, reasons=DRAWS, base=EBT, keys=EBT_KEYS)

@@ -20,9 +20,14 @@ OTHER = Column("another run", "", 1, {"training.z_loss_weight": 2e-3})
 CELLS: dict[str, list[str]] = {
     "everything at once": ["TP2", "CP2 gather"],
     "GQA, 2 key/value heads": ["CP2 heads", "CP2 ring", "CP2 state", OTHER.name],
+    "H-Net": ["FSDP2", "TP2, no sequence parallelism", "CP2 gather"],
     TOY.name: ["FSDP2", "accumulation", "TP2", "CP2 heads", "CP2 state", "CP2 gather", "AC full", "packing"],
 }
-REFUSED = {("GQA, 2 key/value heads", "CP2 state"): "declares gather, heads, ring", (TOY.name, "CP2 gather"): "declares state, heads"}
+REFUSED = {
+    ("GQA, 2 key/value heads", "CP2 state"): "declares gather, heads, ring",
+    ("H-Net", "CP2 gather"): "HNet cannot be divided: where its chunks begin depends on the data",
+    (TOY.name, "CP2 gather"): "declares state, heads",
+}
 EXPECTED = [(row, column) for row, names in CELLS.items() for column in names]
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import titanarch.models.components  # noqa: F401 (registers all)
 from titanarch.config.errors import ConfigError
@@ -84,11 +85,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write NAME.py, NAME.toml and test_NAME.py, and say what to run. ConfigError where the name is no good, or a file is there."""
     folder: Path = args.folder
+    check_name(args.slot, args.name)
     files = {folder / name: text for name, text in written(args.slot, args.name, folder).items()}
     there = [str(path) for path in files if path.exists()]
     if there:
         raise ConfigError(f"{there[0]} exists, and nothing is overwritten; choose another name or folder, or remove it")
-    check_name(args.slot, args.name)
+    if args.name in sys.stdlib_module_names or importlib.util.find_spec(args.name) is not None:
+        raise ConfigError(
+            f"'{args.name}' is a Python module already, which {args.name}.py would hide; choose another, such as my_{args.name}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
@@ -105,13 +110,11 @@ def run(args: argparse.Namespace) -> int:
 
 def check_name(slot: str, name: str) -> None:
     """A ConfigError where ``name`` can be no module, or is taken."""
-    registry: Registry[object] = MIXERS if slot == "mixer" else CHANNELS  # type: ignore[assignment]
+    registry: Registry[Any] = MIXERS if slot == "mixer" else CHANNELS
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigError(f"'{name}' cannot be the name of a {slot}; use lower-case letters, digits and _, such as my_{slot}")
     if name in registry:
         raise ConfigError(f"a {registry.slot} '{name}' comes with titanarch; choose another name, such as my_{name}")
-    if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
-        raise ConfigError(f"'{name}' is a Python module already, which {name}.py would hide; choose another name, such as my_{name}")
 
 
 def written(slot: str, name: str, folder: Path) -> dict[str, str]:

@@ -19,7 +19,6 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Aux
 from titanarch.contract.vocabulary import Vocabulary
 
-
 Technique = Literal["context_parallel", "sequence_parallel", "tensor_parallel", "recomputation", "float8"]
 
 

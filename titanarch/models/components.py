@@ -1,8 +1,8 @@
 """Imports every component, so that all are registered; what reads a configuration imports this first."""
 
 from titanarch.models import activations, channels, decoder, elephant, isotropic, linears, norms, positions
-from titanarch.models.hnet import model as hnet
 from titanarch.models.ebt import model as ebt
+from titanarch.models.hnet import model as hnet
 from titanarch.models.mixers import attention, diff_attention, external, gated_delta_net, gla, kda, mamba2, mla, retnet, rwkv7, values_relu
 
 REGISTERED = (

@@ -26,7 +26,8 @@ class ElephantConfig(ActivationConfig):
     a: Annotated[float, Field(gt=0)] = Field(2.0, description="where it is one half, in units of the pre-activation")
     delta: Annotated[float, Field(gt=1)] = Field(8.0, description="steepness of the sides: the slope at a is delta / (4 a)")
     subtract_mean_at: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="subtract its mean over normal pre-activations of this standard deviation, a constant; unset: nothing is subtracted"
+        None,
+        description="subtract its mean over normal pre-activations of this standard deviation, a constant; unset: nothing is subtracted",
     )
 
 

@@ -25,8 +25,12 @@ class IsotropicConfig(ActivationConfig):
     """Isotropic in groups of consecutive units."""
 
     group: Annotated[int, Field(gt=1)] = Field(8, description="units of a group, a divisor of the hidden units of a process; 8 to 32")
-    phi: Literal["offset", "tanh"] = Field("offset", description="new size of a group by its root mean square r: max(0, r - offset), or tanh r")
-    offset: NonNegative = Field(0.25, description="of phi = offset: the size up to which a group is silent; of the order of pre-activations")
+    phi: Literal["offset", "tanh"] = Field(
+        "offset", description="new size of a group by its root mean square r: max(0, r - offset), or tanh r"
+    )
+    offset: NonNegative = Field(
+        0.25, description="of phi = offset: the size up to which a group is silent; of the order of pre-activations"
+    )
     intrinsic: NonNegative = Field(0.0, description="a size that every group has beside its units: r = sqrt(mean square + intrinsic^2)")
     eps: Annotated[float, Field(gt=0)] = Field(1e-12, description="added to the mean square, so that a group of zeros has a direction")
 

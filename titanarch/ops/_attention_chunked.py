@@ -130,7 +130,8 @@ def _probabilities(part: _Part, q_nRK: Tensor) -> tuple[Tensor, Tensor, Tensor |
         if hidden_b1Rs is None:
             score_bhRs.copy_(bias_hRs)
         else:
-            torch.add(hidden_b1Rs, bias_hRs, out=score_bhRs)
+            # A bias shared by all heads is one head here, and an output smaller than its tensor would be resized.
+            torch.add(hidden_b1Rs, bias_hRs.expand(part.shape), out=score_bhRs)
         score_nRs.baddbmm_(q_nRK, k_nKs, alpha=a.scale)
     return torch.softmax(score_nRs, -1, out=part.scratch("p", *score_nRs.shape)), score_nRs, tanh_nRs
 

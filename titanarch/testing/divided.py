@@ -59,12 +59,17 @@ def check_divided(subjects: Sequence[Subject], n_processes: int, *, timeout_seco
 
 
 def _on_every_process(subjects: list[Subject]) -> list[Finding]:
-    mesh, findings = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    findings: list[Finding] = []
     for subject in subjects:
         for module in subject.imports:
             importlib.import_module(module)
-        (x, weights), stack = inputs(), built(subject)
-        expected, bound = outcome(stack, x, rows(stack), weights), tolerance(subject)
+        try:
+            (x, weights), stack = inputs(), built(subject)
+            expected, bound = outcome(stack, x, rows(stack), weights), tolerance(subject)
+        except Exception as error:  # noqa: BLE001 (a component may raise anything; the other subjects go on)
+            findings.append(failure(subject, "one process", f"{subject.name}: {raised(error)}"))
+            continue
         findings += [_found(subject, way, mesh, expected, bound) for way in ways(subject, mesh.size())]
     return findings
 

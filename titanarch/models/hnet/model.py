@@ -13,8 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from titanarch.config.errors import ConfigError
 from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost
+from titanarch.contract.experts import TokenCounts
 from titanarch.contract.init import Init
 from titanarch.contract.mixer import State
 from titanarch.contract.model import Technique, model
@@ -47,6 +49,13 @@ class HNet(LanguageModel):
         levels = self.config.levels(self.shape.vocab_size, self.shape.seq_len)
         self.stages = nn.ModuleList(Stage(self.config, levels, number) for number in range(len(self.config.stages)))
         self.main = Main(self.config, levels[-1])
+        for stack in self.stacks()[1:-1]:
+            counting = [block.layer for block in stack.bare_blocks if any(isinstance(m, TokenCounts) for m in block.modules())]
+            if counting:
+                raise ConfigError(
+                    f"[model] inside the first stage, block {counting[0]} balances experts by counts of tokens, and would count slots "
+                    "without a chunk; use another channel there, and experts in the first stage alone"
+                )
 
     @staticmethod
     def cost(config: HNetConfig, vocab_size: int, seq_len: int) -> Cost:

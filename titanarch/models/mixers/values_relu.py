@@ -7,10 +7,10 @@ hidden units, ValuesReluNoUpProj the same with as many as channels, ValuesReluFi
 Shapes: B rows, T tokens, D model dim, G key/value heads, K head dim, U hidden units.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from titanarch.contract.card import Card
@@ -32,6 +32,12 @@ class ValuesReluConfig(AttentionConfig):
         "up_down", description="up_down: v = down(relu(up(x W_v))); first: v = projection(relu(x W_v)), a square one"
     )
     value_units: Annotated[int, Field(gt=0)] | None = Field(None, description="hidden units of up_down; unset: 4 * d_model")
+
+    @model_validator(mode="after")
+    def _units_of_up_down(self) -> "ValuesReluConfig":
+        if self.form == "first" and self.value_units is not None:
+            raise ValueError(f"value_units ({self.value_units}) does nothing with form = 'first', whose projection is square; remove it")
+        return self
 
     def units(self, d_model: int) -> int:
         """What the last projection of the values reads."""
@@ -61,7 +67,7 @@ class ValuesReluAttention(Attention):
         self.wv = Linear(n_units, width, bias=False)
 
     @staticmethod
-    def cost(config: ValuesReluConfig, shape: ModelShape, layer: int) -> Cost:
+    def cost(config: Any, shape: ModelShape, layer: int) -> Cost:
         width, n_units = config.kv_heads() * config.channels_per_head(shape.d_model), config.units(shape.d_model)
         cost = Attention.cost(config, shape, layer) + linear_cost(n_units, width)
         return cost + linear_cost(width, n_units) if config.form == "up_down" else cost
