@@ -36,10 +36,11 @@ of {seq_len} tokens that pack up to three documents each, with AdamW, clipping a
   the largest. A gradient that is truly zero (of key biases, of what shifts all logits of a softmax alike) holds rounding only,
   whose size is that of the other gradients: tensors that are zero in float64 count against the global RMS itself.
 
-Bounds: {fp32:g} for both; rows that need more to round have it after their name. For float8 they are {loss8:g} (loss) and {grad8:g} (all gradients as one vector: norm of the
-difference over norm), because its numbers have 3 bits of fraction in the forward and 2 in the backward. In float64
-(`--dtype float64`) the bound is {fp64:g}. A number in bold is beyond its bound. A number in brackets is the reason why a
-cell is empty, below the tables: what the configuration check answers, in its words, or why there is nothing to compare.
+Bounds: {fp32:g} for both; rows that need more to round have it after their name. For float8 they are {loss8:g} (loss) and
+{grad8:g} (all gradients as one vector: norm of the difference over norm), because its numbers have 3 bits of fraction in the
+forward and 2 in the backward. In float64 (`--dtype float64`) the bound is {fp64:g}. A number in bold is beyond its bound. A
+number in brackets is the reason why a cell is empty, below the tables: what the configuration check answers, in its words,
+or why there is nothing to compare.
 
 What the columns do beside what their names say: TP2, CP2, FSDP2 and HSDP are degrees of tensor, context and data
 parallelism; `packing` trains on each document in a row of its own and compares with the rows that pack them;

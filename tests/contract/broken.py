@@ -135,6 +135,14 @@ class Undecaying(MovingAverage):
         return Transition(torch.ones_like(found.decay), found.state)
 
 
+@broken("halving")
+class Halving(MovingAverage):
+    @staticmethod
+    def transition(config: Any, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
+        found = MovingAverage.transition(config, streams, head_params, seq)
+        return Transition(found.decay, found.state / 2)
+
+
 @broken("unsummed")
 class Unsummed(MovingAverage):
     """``turn`` works on the local heads alone, so its gradient is a part of a sum: SHARED would be right."""

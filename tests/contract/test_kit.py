@@ -51,14 +51,14 @@ def test_the_other_checks_pass(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def divided() -> list[Finding]:
-    return check_divided([subject(name) for name in ("unsummed", "undecaying", "crashing", "miscounted")], 2)
+    return check_divided([subject(name) for name in ("unsummed", "halving", "crashing", "miscounted")], 2)
 
 
 @pytest.mark.parametrize(
     ("name", "ways", "message"),
     [
         ("unsummed", {"tensor parallel", "tensor and sequence parallel"}, r"of one differ by .* in layers.\d.component.turn.weight"),
-        ("undecaying", {"context parallel by state"}, "outputs and gradients of 2 processes and of one differ by"),
+        ("halving", {"context parallel by state"}, "outputs and gradients of 2 processes and of one differ by"),
         ("miscounted", set(), ""),
     ],
 )

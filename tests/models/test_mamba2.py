@@ -22,7 +22,7 @@ SHAPE = ModelShape(d_model=D, vocab_size=32, seq_len=T, layers=("mamba2",))
 
 
 def mamba(seed: int = 1, shape: ModelShape = SHAPE, **options: Any) -> Mamba2:
-    mixer = Mamba2(Mamba2Config.model_validate({"kind": "mamba2", **options}), shape, 0)
+    mixer = Mamba2(Mamba2Config.model_validate(options), shape, 0)
     mixer.reset_parameters(Init(InitConfig(std=0.3), names=qualified_names(mixer), seed=seed, n_layers=1))
     return mixer
 
@@ -89,7 +89,7 @@ def test_initial_weights_are_those_of_the_paper() -> None:
     """A is uniform in [1, 16] and time steps log-uniform in [1e-3, 0.1]: means and extremes over 4,096 heads."""
     shape = ModelShape(d_model=4096, vocab_size=32, seq_len=T, layers=("mamba2",))
     with torch.device("meta"):
-        mixer = Mamba2(Mamba2Config.model_validate({"kind": "mamba2", "head_dim": 2, "state_dim": 1}), shape, 0)
+        mixer = Mamba2(Mamba2Config.model_validate({"head_dim": 2, "state_dim": 1}), shape, 0)
     names = qualified_names(mixer)
     mixer.head.to_empty(device="cpu")
     init = Init(InitConfig(), names=names, seed=0, n_layers=1)
@@ -108,7 +108,7 @@ def test_initial_weights_are_those_of_the_paper() -> None:
 def test_cost_of_the_published_size() -> None:
     """6,600,032 parameters at d_model 1024 with the defaults; no weight decay on A_log, dt_bias and D, which stay fp32."""
     shape = ModelShape(d_model=1024, vocab_size=32, seq_len=T, layers=("mamba2",))
-    config = Mamba2Config.model_validate({"kind": "mamba2"})
+    config = Mamba2Config.model_validate({})
     assert Mamba2.cost(config, shape, 0).parameters == 6_600_032
     with torch.device("meta"):
         mixer = Mamba2(config, shape, 0)

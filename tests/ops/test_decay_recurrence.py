@@ -10,11 +10,11 @@ from titanarch.ops.decay_recurrence import decay_recurrence, decay_recurrence_na
 B, K, V = 2, 5, 6
 
 
-def operands(T: int, H: int, G: int, *, vector: bool, strength: float = 1.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def operands(T: int, H: int, G: int, *, vector: bool, strength: float = 1.0) -> list[Tensor]:
     """q, k, v, log decay and the incoming state; leaves that want gradients."""
     g = torch.Generator().manual_seed(T + H)
     shapes = [(B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H, K) if vector else (B, T, H), (B, H, K, V)]
-    leaves = [torch.randn(shape, generator=g, dtype=dtype) for shape in shapes]
+    leaves = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
     leaves[3] = -strength * leaves[3].abs()
     return [x.requires_grad_() for x in leaves]
 
@@ -29,7 +29,7 @@ def starts_of(T: int) -> Tensor:
 def with_gradients(result: tuple[Tensor, Tensor], leaves: list[Tensor]) -> list[Tensor]:
     """Outputs, the final state, and the gradients of ``leaves`` by a weighted sum of both."""
     g = torch.Generator().manual_seed(5)
-    weights = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in result]
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in result]
     loss = sum((x * w).sum() for x, w in zip(result, weights, strict=True))
     return [*result, *torch.autograd.grad(loss, leaves)]
 

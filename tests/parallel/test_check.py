@@ -55,6 +55,16 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["[parallelism] context_parallel_method", "state: it declares gather"],
     ),
     "heads and tensor parallelism": (4, [TP, "4"], ["[parallelism] tensor_parallel_degree", "Attention", "2 heads are no multiple"]),
+    "a pair of maps": (
+        2,
+        [TP, "2", '--model.layers=["diff_attention"]', "--model.mixers.diff_attention.n_heads=1"],
+        ["[parallelism] tensor_parallel_degree", "DiffAttention", "1 heads are no multiple"],
+    ),
+    "a pair of maps and a wanted method": (
+        2,
+        [CP, "2", METHOD, "heads", '--model.layers=["diff_attention_v2"]', "--model.mixers.diff_attention_v2.n_heads=1"],
+        ["[parallelism] context_parallel_method", "DiffAttentionV2", "heads: its 1 heads a process are no multiple of 2"],
+    ),
     "hidden units": (2, [TP, "2", "--model.channel.d_ff", "33"], ["tensor_parallel_degree", "33 hidden units (d_ff) are no multiple"]),
     "a LocalMixer and tensor parallelism": (2, [TP, "2", *LOCAL], ["tensor_parallel_degree", "External", "LocalMixer"]),
     "a LocalMixer and context parallelism": (2, [CP, "2", *LOCAL], ["context_parallel_degree", "External", "LocalMixer"]),

@@ -66,6 +66,9 @@ class Row:
         return next((bound for pattern, bound in self.bounds.items() if fnmatchcase(column, pattern)), 0.0)
 
 
+LAMBDA_BOUND = 5e-5
+"""The gradient of lambda is one sum over all tokens, heads and channels, of terms that nearly cancel."""
+
 DRAWS = {"packing": "draws are keyed by row and place in the row, and documents alone stand elsewhere"}
 
 ROUTED = {
@@ -136,6 +139,8 @@ def _mixers() -> Iterator[Row]:
     module = {"kind": "external", "module": "tests.parity.external:RunningMean", "arguments": {"width": "$d_model"}, "mix_documents": True}
     mixes = {"packing": "the module is told nothing of documents, and its user lets them mix"}
     yield Row("mixer external (LocalMixer)", {"layers": ["mean"], "mixers": {"mean": module}}, reasons=mixes)
+    states = {"layers": ["gated_delta_net", "mamba2", "attention"], "n_layers": 3, "position": {"relative": "rotary"}}
+    yield Row("mixers gated_delta_net, mamba2, attention", states, bounds={"*": RECURRENT_BOUND})
     hybrid = {"layers": ["attention", "mean"], "mixers": {"mean": module, "attention": {"n_kv_heads": 2}}}
     yield Row("mixers attention, external", hybrid, reasons=mixes)
 
@@ -160,6 +165,7 @@ def _attention() -> Iterator[Row]:
     yield Row(
         "differential attention, GQA, rotary + alibi",
         {"layers": ["diff_attention"], "mixers": {"diff_attention": {"n_kv_heads": 2}}, **both},
+        bounds={"*": LAMBDA_BOUND},
     )
     v2 = {"layers": ["diff_attention_v2"], "mixers": {"diff_attention_v2": {"n_kv_heads": 2}}}
     yield Row("differential attention 2, GQA, rotary + alibi", {**v2, **both})
