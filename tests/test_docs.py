@@ -1,6 +1,5 @@
 """What the pages in docs/ say is true: the generated page, the paths, keys and TOML they name, and the example mixer."""
 
-import importlib
 import json
 import os
 import re
@@ -12,25 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
-from tests.distributed import run_distributed
 from tests.models.materialize import materialized
-from tests.parallel.test_mixer_contract import SHAPE, inputs, outcome, packed_rows
+from titanarch.cli.new import written
 from titanarch.config.errors import ConfigError
 from titanarch.config.load import load_config
 from titanarch.config.registry import Registry
 from titanarch.config.section import Section
-from titanarch.contract.init import Init, InitConfig, qualified_names
-from titanarch.contract.mixer import MIXERS, SequenceMixer
+from titanarch.contract.mixer import MIXERS
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.sequence import SequenceInfo
-from titanarch.contract.split import ContextParallel
-from titanarch.parallel.context_layout import ContextLayout
-from titanarch.parallel.context_parallel import apply_context_parallel
-from titanarch.parallel.tensor_parallel import apply_tensor_parallel
 from titanarch.train.check import meta_model
 from titanarch.train.run_config import RunConfig
 
@@ -136,41 +126,6 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixed_on_every_process(folder: str) -> list[str]:
-    """On two processes: each way of dividing the example equals one process, outputs and gradients; which ways."""
-    sys.path.insert(0, folder)
-    config_class = importlib.import_module("moving_average").MovingAverageConfig
-
-    def build() -> SequenceMixer:
-        mixer = MIXERS["moving_average"](config_class(n_heads=4), SHAPE, 0).double()
-        mixer.reset_parameters(Init(InitConfig(std=0.3), names=qualified_names(mixer), seed=1, n_layers=1))
-        assert isinstance(mixer, SequenceMixer)
-        return mixer
-
-    mesh, (x, weights) = init_device_mesh("cpu", (dist.get_world_size(),)), inputs()
-    group, seq = mesh.get_group(), packed_rows()
-    layout = ContextLayout(group, head_tail=False)
-    expected = outcome(build(), x, seq, weights)
-    for method in ("tensor", *(method.value for method in build().context_parallel)):
-        mixer = build()
-        if method == "tensor":
-            apply_tensor_parallel(mixer, mesh)
-            found = outcome(mixer, x, seq, weights)
-        else:
-            apply_context_parallel(mixer, layout, ContextParallel(method))
-            found = outcome(mixer, layout.own(x, 1), layout.divide(seq), layout.own(weights, 1))
-        for name, value in found.items():
-            whole, wanted = value.full_tensor() if isinstance(value, DTensor) else value, expected[name]
-            if method != "tensor" and name in ("output", "input"):
-                wanted = layout.own(wanted, 1)
-            elif method != "tensor":
-                dist.all_reduce(whole)
-            torch.testing.assert_close(whole, wanted, rtol=1e-10, atol=1e-12, msg=lambda text, at=(method, name): f"{at}: {text}")
-    if group.rank() == 0:
-        check_model(Path(folder))
-    return ["tensor", *(method.value for method in build().context_parallel)]
-
-
 def check_model(folder: Path) -> None:
     """The example's TOML builds a model that is causal, keeps documents apart, decodes, and costs what it has."""
     overrides = ["--training.seq_len=16", "--model.n_layers=3", "--model.d_model=24"]
@@ -195,8 +150,23 @@ def check_model(folder: Path) -> None:
             torch.testing.assert_close(logits, whole[:, index], rtol=1e-9, atol=1e-9)
 
 
-def test_the_example_keeps_the_contract(example: Path) -> None:
-    assert run_distributed(mixed_on_every_process, 2, str(example)) == [["tensor", "state", "heads"]] * 2
+@pytest.fixture
+def importable(example: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The example's folder, whose mixer is registered for one test; other tests register one of that name too."""
+    monkeypatch.setattr(MIXERS, "_components", {name: MIXERS[name] for name in MIXERS if name != "moving_average"})
+    monkeypatch.syspath_prepend(str(example))
+    yield example
+    sys.modules.pop("moving_average", None)
+
+
+def test_the_example_is_what_new_writes(example: Path) -> None:
+    """Whose contract tests/cli/test_new.py checks, on one process and on two."""
+    files = {name: text for name, text in written("mixer", "moving_average", Path()).items() if not name.startswith("test_")}
+    assert {name: (example / name).read_text() for name in files} == files
+
+
+def test_a_model_of_the_example(importable: Path) -> None:
+    check_model(importable)
 
 
 def test_the_example_trains(example: Path) -> None:
@@ -232,14 +202,7 @@ def test_the_external_example_builds(example: Path) -> None:
     assert "layers.0.mixer.wrapped.weight_hh_l0" in names
 
 
-def test_the_example_refuses_what_does_not_divide(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error that the page's mixer raises, without leaving the mixer registered for other tests."""
-    known = dict(MIXERS._components)
-    monkeypatch.setattr(MIXERS, "_components", known)
-    monkeypatch.syspath_prepend(str(example))
-    try:
-        config = load_config(example / "moving_average.toml", ["--model.mixers.moving_average.n_heads=5"], RunConfig).config
-        with pytest.raises(ConfigError, match=r"d_model \(384\) is not a multiple of n_heads \(5\)"):
-            meta_model(config, 8192)
-    finally:
-        sys.modules.pop("moving_average", None)
+def test_the_example_refuses_what_does_not_divide(importable: Path) -> None:
+    config = load_config(importable / "moving_average.toml", ["--model.mixers.moving_average.n_heads=5"], RunConfig).config
+    with pytest.raises(ConfigError, match=r"d_model \(384\) is not a multiple of n_heads \(5\)"):
+        meta_model(config, 8192)

@@ -21,7 +21,7 @@ def shipped() -> list[Subject]:
     """Those of the package, not what other tests register; the channel ``none`` is no component."""
     mixers = [Subject("mixer", kind, TABLES.get(kind, {})) for kind in MIXERS]
     channels = [Subject("channel", kind, TABLES.get(kind, {})) for kind in CHANNELS if kind != "none"]
-    return [subject for subject in mixers + channels if subject.component.__module__.startswith("titanarch.")]
+    return [subject for subject in mixers + channels if subject.component.__module__.startswith("titanarch.models.")]
 
 
 SUBJECTS = {subject.name: subject for subject in shipped()}

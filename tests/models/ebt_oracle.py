@@ -99,7 +99,7 @@ def dense_objective(model: EBT, tokens_BT: Tensor, seq: SequenceInfo, labels_BT:
     """The objective and the loss of each row's last step, all logits in memory, every row alone."""
     config, V = model.config, model.shape.vocab_size
     assert seq.seed is not None, "the objective is of training"
-    draws = {"seed": seq.seed, "row_B": seq.row_B, "index_T": seq.index_T, "n_channels": V}
+    draws: dict[str, Any] = {"seed": seq.seed, "row_B": seq.row_B, "index_T": seq.index_T, "n_channels": V}
     p = normal(**draws, site=SITE).double() if config.start == "noise" else torch.zeros(*tokens_BT.shape, V, dtype=torch.float64)
     extra = uniform_integers(seq.seed, seq.row_B, SITE + 1, config.random_steps + 1)
     table = (model.embedding if model.prediction is None else model.prediction).weight

@@ -81,8 +81,8 @@ def test_gated_delta_net_equals_qwen3_next(monkeypatch: pytest.MonkeyPatch) -> N
     G, K, V = 2, 8, 12
     mixer = drawn("gated_delta_net", n_key_heads=G, head_dim=K, expand_v=1.5)
     config = qwen.Qwen3NextConfig(
-        hidden_size=D, linear_num_value_heads=H, linear_num_key_heads=G, linear_key_head_dim=K, linear_value_head_dim=V, num_hidden_layers=1,
-        layer_types=["linear_attention"],
+        hidden_size=D, linear_num_value_heads=H, linear_num_key_heads=G, linear_key_head_dim=K, linear_value_head_dim=V,
+        num_hidden_layers=1, layer_types=["linear_attention"],
     )  # fmt: skip
     theirs = qwen.Qwen3NextGatedDeltaNet(config, 0).double()
     p = {name: value.detach().clone().requires_grad_() for name, value in mixer.named_parameters()}
@@ -106,7 +106,9 @@ def test_kda_equals_kimi_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kimi, "chunk_kimi_delta_attention", recurrent)
     monkeypatch.setattr(kimi, "causal_conv1d_fn", inspect.unwrap(kimi.causal_conv1d_fn))
     mixer = drawn("kda")
-    config = kimi.KimiLinearConfig(hidden_size=D, linear_num_heads=H, linear_head_dim=D // H, num_hidden_layers=1, mlp_layer_types=["dense"])
+    config = kimi.KimiLinearConfig(
+        hidden_size=D, linear_num_heads=H, linear_head_dim=D // H, num_hidden_layers=1, mlp_layer_types=["dense"]
+    )
     theirs = kimi.KimiLinearDeltaAttention(config, 0).double()
     p = {name: value.detach().clone().requires_grad_() for name, value in mixer.named_parameters()}
     renamed = {
@@ -266,3 +268,10 @@ def test_rwkv7_starts_as_published() -> None:
 def test_impossible_sizes_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MIXERS[name](MIXERS[name].Config(**{"n_heads": H, **options}), shape(D, T, (name,)), 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_refused_on_a_cpu(name: str) -> None:
+    mixer = drawn(name, backend="fla")
+    assert "backend 'fla' is for CUDA, and this is cpu" in mixer.why_not_on("cpu", compiled=False)
+    assert drawn(name).why_not_on("cpu", compiled=False) == ""

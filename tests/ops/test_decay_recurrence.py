@@ -31,7 +31,7 @@ def with_gradients(result: tuple[Tensor, Tensor], leaves: list[Tensor]) -> list[
     g = torch.Generator().manual_seed(5)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in result]
     loss = sum((x * w).sum() for x, w in zip(result, weights, strict=True))
-    return [*result, *torch.autograd.grad(loss, leaves)]
+    return [*result, *torch.autograd.grad(loss, leaves, retain_graph=True)]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:

@@ -1,6 +1,7 @@
 """The chunked delta rule against its definition, token by token, and against transformers' recurrences."""
 
 import inspect
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from titanarch.ops._delta_kernels import by_documents
 from titanarch.ops.delta_recurrence import (
     delta_rule,
     delta_rule_transition,
@@ -143,3 +145,51 @@ def test_delta_rule_equals_transformers(module: ModuleType, name: str, decays: i
         q * K**0.5, k, v, log_decay.squeeze(-1) if decays == 1 else log_decay, beta, initial_state=state.mT, output_final_state=True
     )
     assert_same(delta_rule(q, k, v, log_decay, beta, starts_BT=None, state=state), (theirs, last.mT), [*leaves, state], 1e-12)
+
+
+def kernel_of_documents(
+    *, cu_seqlens: Tensor | None = None, scale: float, initial_state: Tensor, output_final_state: bool, **x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a kernel for documents of any length promises, by the definition: states [N, H, K, V], one document after another."""
+    assert (scale, output_final_state) == (1.0, True)
+    operands = [x[name] for name in ("q", "k", "v", "g", "a", "b")]
+    if cu_seqlens is None:
+        y, last = naive_recurrence(*operands, starts_BT=None, state=initial_state.mT)
+        return y, last.mT
+    parts = [
+        naive_recurrence(*(z[:, first:end] for z in operands), starts_BT=None, state=initial_state[n : n + 1].mT)
+        for n, (first, end) in enumerate(pairwise(cu_seqlens.tolist()))
+    ]
+    return torch.cat([y for y, _ in parts], 1), torch.cat([last for _, last in parts]).mT
+
+
+@pytest.mark.parametrize("starts_at", [None, [(0, 0), (0, 5), (1, 3)], [(1, 0), (1, 19)], []])
+def test_kernels_of_documents_are_given_rows(starts_at: list[tuple[int, int]] | None) -> None:
+    """Documents inside rows, and rows that go on from the incoming state."""
+    tensors = [x.detach() for x in as_general(*operands(20, K, torch.float32))]
+    starts = None if starts_at is None else torch.zeros(B, 20, dtype=torch.bool)
+    for row, token in starts_at or ():
+        starts[row, token] = True
+    state = torch.randn(B, H, V, K)
+    streams = dict(zip(("q", "k", "v", "g", "a", "b"), tensors, strict=True))
+    y, last = by_documents(kernel_of_documents, streams, starts, state)
+    y_expected, expected = naive_recurrence(*tensors, starts_BT=starts, state=state)
+    torch.testing.assert_close(y, y_expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decays", [1, 64])
+def test_kernels_equal_the_plain_form(decays: int) -> None:
+    pytest.importorskip("fla")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 200, 2, 64, generator=generator) for _ in range(3))
+    log_decay, beta = -0.5 * torch.rand(2, 200, 2, decays, generator=generator), torch.rand(2, 200, 2, generator=generator)
+    starts = torch.zeros(2, 200, dtype=torch.bool)
+    starts[:, [0, 70]] = True
+    leaves = [x.cuda().requires_grad_() for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, log_decay, beta)]
+    expected = delta_rule(*leaves, starts_BT=starts.cuda(), state=None)
+    assert_same(delta_rule(*leaves, starts_BT=starts.cuda(), state=None, backend="fla"), expected, leaves, 1e-2)
+    if decays > 1:
+        general = diagonal_plus_low_rank(*as_general(*leaves), starts_BT=starts.cuda(), state=None, backend="fla")
+        assert_same(general, expected, leaves, 1e-2)

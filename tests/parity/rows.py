@@ -31,8 +31,8 @@ BASE: Table = {
 }
 
 
-EBT: Table = {**BASE, "name": "ebt", "step_size": 30.0}
-EBT_KEYS = {"optimizer.lr_multipliers.step_size": 10.0}
+EBT: Table = {**BASE, "name": "ebt", "step_size": 5.0}
+EBT_KEYS = {"optimizer.lr_multipliers.step_size": 1.0}
 
 HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {"name": "hnet", "embedding_std": 0.2}
 

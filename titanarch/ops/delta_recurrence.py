@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanarch.ops._decayed_pairs import decayed_pairs
+from titanarch.ops._delta_kernels import fla_diagonal_plus_low_rank
+from titanarch.ops.recurrence_backend import REFERENCE
 
 CHUNK = 64
 """Tokens a chunk."""
@@ -44,12 +46,16 @@ def delta_rule(
     *,
     starts_BT: Tensor | None,
     state: Tensor | None,
+    backend: str = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] in the dtype of v, and the state after the last token, [B, H, V, K] in fp32 (fp64 for fp64).
 
     log_decay <= 0: [B, T, H, 1], one a head, or [B, T, H, K], one a key channel. starts_BT: True at a document's first token, where what
-    came before is forgotten; None: nowhere. state: what comes in, [B, H, V, K]; None: zero.
+    came before is forgotten; None: nowhere. state: what comes in, [B, H, V, K]; None: zero. backend: ``reference``, or ``fla`` on CUDA.
     """
+    if backend == "fla":
+        return fla_delta_rule(q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH, starts_BT=starts_BT, state=state)
+    assert backend == REFERENCE, f"no backend '{backend}'"
     chunks = _delta_chunks(q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH, starts_BT)
     return _run(chunks, state, v_BTHV)
 
@@ -71,9 +77,14 @@ def diagonal_plus_low_rank(
     *,
     starts_BT: Tensor | None,
     state: Tensor | None,
+    backend: str = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     """The general recurrence: y and final state as in ``delta_rule``. The transition matrix is diag(exp(log_decay)) + a b^T."""
-    chunks = _general_chunks(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, a_BTHK, b_BTHK, starts_BT)
+    operands = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, a_BTHK, b_BTHK)
+    if backend == "fla":
+        return fla_diagonal_plus_low_rank(*operands, starts_BT=starts_BT, state=state)
+    assert backend == REFERENCE, f"no backend '{backend}'"
+    chunks = _general_chunks(*operands, starts_BT)
     return _run(chunks, state, v_BTHV)
 
 
@@ -128,9 +139,7 @@ def _delta_chunks(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, bet
     return _Chunks(update, added, rows[1] * before + read, inner)
 
 
-def _general_chunks(
-    q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, a: Tensor, b: Tensor, starts: Tensor | None
-) -> _Chunks:
+def _general_chunks(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, a: Tensor, b: Tensor, starts: Tensor | None) -> _Chunks:
     """Beside v k^T, tokens write U b^T with U = S W^T + U_0, and (I - A_ab) [W | U_0] = [a decayed | A_ak v]."""
     if starts is not None:
         a = a.masked_fill(starts[:, :, None, None], 0)
@@ -174,7 +183,8 @@ def _diagonal(log_total: Tensor, n_channels: int) -> Tensor:
 
 
 def _run(chunks: _Chunks, state: Tensor | None, v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
-    assert chunks.read is not None and chunks.inner is not None, "chunks made with queries"
+    assert chunks.read is not None, "chunks made with queries"
+    assert chunks.inner is not None, "chunks made with queries"
     first = torch.zeros_like(chunks.added[:, :, 0]) if state is None else state.to(chunks.added.dtype)
     states = _states(first, chunks.update, chunks.added)
     y = chunks.inner + chunks.read @ torch.stack(states[:-1], 2).mT

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from titanarch.contract.channel import ChannelMixer
 from titanarch.contract.mixer import MixResult, RecurrentMixer, SequenceMixer, State, Streams, mix_whole
 from titanarch.contract.sequence import Halo, MixSequence, SequenceInfo, StepHalo
 from titanarch.contract.side_channels import Carry
@@ -103,7 +104,7 @@ def low_precision(subject: Subject) -> str:
     stack, (x, weights) = built(subject, torch.float32), inputs()
     expected = outcome(built(subject), x, rows(stack), weights)["output"] - x
     for component in stack.components():
-        kept = getattr(component, "fp32", frozenset())
+        kept = component.fp32 if isinstance(component, SequenceMixer | ChannelMixer) else frozenset[str]()
         for name, parameter in component.named_parameters():
             if name.partition(".")[0] not in kept:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -239,7 +240,8 @@ class _Half(Halo):
 
 def states(subject: Subject) -> str:
     """Two halves of a row, composed, do to the state what the row does; the second half, given the state between, gives its outputs."""
-    found, expected = {}, {}
+    found: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     for layer, mixing in enumerate(mixed(subject)):
         if not isinstance(mixing[0], RecurrentMixer):
             raise Inapplicable("it hands no state from shard to shard")
@@ -259,20 +261,20 @@ def _halves_and_whole(
     """What two halves give, and what the whole gives, by name."""
     config, middle = mixer.config, N_TOKENS // 2
 
-    def half(number: int, before: list[Tensor] | None = None) -> tuple[Streams, Mapping[str, Tensor], MixSequence, _Half]:
+    def half(number: int, before: list[Tensor] | None = None) -> tuple[Streams, MixSequence, _Half]:
         halo = _Half(before)
         part = replace(seq.query.some(lambda x, dim: x.narrow(dim, number * middle, middle)), halo=halo)
         cut = {name: x.narrow(1, number * middle, middle) for name, x in streams.items()}
-        return cut, head_params, replace(seq, query=part, key=part), halo
+        return cut, replace(seq, query=part, key=part), halo
 
-    *given, halo = half(0)
-    first = mixer.transition(config, *given)
-    *given, _ = half(1, halo.given)
-    composed = mixer.compose(mixer.transition(config, *given), first)
-    *given, halo = half(0)
-    mixer.mix(config, *given)
-    *given, _ = half(1, halo.given)
-    late = mixer.mix(config, *given, {"recurrent": first.state})
+    early, here, halo = half(0)
+    first = mixer.transition(config, early, head_params, here)
+    later, there, _ = half(1, halo.given)
+    composed = mixer.compose(mixer.transition(config, later, head_params, there), first)
+    early, here, halo = half(0)
+    mixer.mix(config, early, head_params, here)
+    later, there, _ = half(1, halo.given)
+    late = mixer.mix(config, later, head_params, there, {"recurrent": first.state})
     at_once = mixer.transition(config, streams, head_params, seq)
     ended = mixer.mix(config, streams, head_params, seq, {"recurrent": torch.zeros_like(first.state)})
     if late.state is None or ended.state is None:

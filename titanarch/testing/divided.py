@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from titanarch.contract.channel import ChannelMixer
 from titanarch.contract.mixer import LocalMixer, SequenceMixer
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.split import ContextParallel
@@ -114,7 +115,7 @@ def _tensor(subject: Subject, mesh: DeviceMesh, *, sequence_parallel: bool) -> O
     stack, (x, weights) = built(subject), inputs()
     seq, group = rows(stack), mesh.get_group()
     for component in stack.components():
-        assert not isinstance(component, LocalMixer), "it declares nothing"
+        assert isinstance(component, SequenceMixer | ChannelMixer), "a LocalMixer declares nothing"
         apply_tensor_parallel(component, mesh, sequence_parallel=sequence_parallel)
     if not sequence_parallel:
         return _whole(outcome(stack, x, seq, weights))

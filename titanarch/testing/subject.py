@@ -158,7 +158,7 @@ def built(subject: Subject, dtype: torch.dtype = torch.float64) -> Stack:
     stack, _ = initialized(subject)
     with torch.no_grad():
         for name, parameter in stack.named_parameters():
-            parameter += LIVELINESS * torch.randn(parameter.shape, generator=name_keyed_generator(2, name))
+            parameter.add_(torch.randn(parameter.shape, generator=name_keyed_generator(2, name)), alpha=LIVELINESS)
     return stack.to(dtype)
 
 

@@ -14,9 +14,10 @@ from titanarch.contract.norm import NORMS, NormConfig
 from titanarch.contract.position import RELATIVE_POSITIONS
 from titanarch.contract.shape import ModelShape
 from titanarch.models.flavors import FLAVORS, with_defaults
-from titanarch.models.mixers.attention import AttentionConfig, Positive
+from titanarch.models.mixers.attention import AttentionConfig
 from titanarch.models.norms import LayerNormConfig
 
+Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 SIZES: Mapping[str, Mapping[str, Any]] = {

@@ -59,9 +59,9 @@ class EBT(Model):
     flavors = SIZES
     fsdp_units = "root"
     refuses: ClassVar[Mapping[Technique, str]] = {
-        "tensor_parallel": "it differentiates its energy inside its forward, and the collectives of tensor parallelism have one derivative",
-        "context_parallel": "it differentiates its energy inside its forward, and the collectives of context parallelism have one derivative",
-        "recomputation": "it differentiates its energy inside its forward by torch.func.grad, under which nothing can be recomputed",
+        "tensor_parallel": "it differentiates its energy in its forward, and the collectives of tensor parallelism have one derivative",
+        "context_parallel": "it differentiates its energy in its forward, and the collectives of context parallelism have one derivative",
+        "recomputation": "it differentiates its energy in its forward by torch.func.grad, under which nothing can be recomputed",
         "float8": "its matrices are differentiated twice, and scaled products have one derivative",
     }
     roles: dict[str, Role] = {"step_size": VECTOR.with_lr_group("step_size")}

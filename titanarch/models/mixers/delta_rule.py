@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, H heads (of values), K key channels a head, V value ch
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from titanarch.config.errors import ConfigError
 from titanarch.contract.mixer import MixResult, RecurrentMixer, State, Streams, Transition
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.ops.delta_recurrence import delta_rule, delta_rule_transition
+from titanarch.ops.recurrence_backend import chosen, why_not
+
+KERNELS = ("fla",)
+"""Packages whose kernels serve the delta rules."""
+
+Backend = Literal["auto", "reference", "fla"]
+BACKEND = "who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed"
 
 FLOPS_OF_STATE = 6
 """A token, key channel and value channel: the state predicts, is corrected and is read, a multiply-add each. The recurrence itself is
@@ -25,6 +33,9 @@ MIN_STEP, MAX_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 class MatrixStateMixer(RecurrentMixer):
     """A mixer whose state [V, K] a shard multiplies by a matrix from the right: out = in M + P."""
+
+    def why_not_on(self, device_type: str, *, compiled: bool) -> str:
+        return why_not(self.config.backend, device_type, compiled=compiled)
 
     @staticmethod
     def compose(later: Transition, earlier: Transition) -> Transition:
@@ -57,11 +68,12 @@ def log_decays(step_BTHK: Tensor, head_params: Mapping[str, Tensor]) -> Tensor:
     return -torch.exp(head_params["a_log_H"])[:, None] * steps
 
 
-def mix_delta_rule(streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None) -> MixResult:
+def mix_delta_rule(streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None, backend: str) -> MixResult:
     """y [B, T, H, V] of unit queries and keys over sqrt(K), and the state."""
     q, k, v, log_decay, beta = _operands(streams, head_params)
     starts, before = document_starts(seq.query), None if state is None else state["recurrent"]
-    y, last = delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, log_decay, beta, starts_BT=starts, state=before)
+    q, k, backend = unit(q) * q.shape[-1] ** -0.5, unit(k), chosen(backend, v, KERNELS)
+    y, last = delta_rule(q, k, v, log_decay, beta, starts_BT=starts, state=before, backend=backend)
     return MixResult(y, state={"recurrent": last})
 
 

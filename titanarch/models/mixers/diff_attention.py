@@ -71,7 +71,7 @@ class DiffAttention(Attention):
         self.lambdas = HeadParams(dict.fromkeys(("q1_K", "k1_K", "q2_K", "k2_K"), (self.head_dim,)))
 
     @staticmethod
-    def cost(config: DiffAttentionConfig, shape: ModelShape, layer: int) -> Cost:
+    def cost(config: AttentionConfig, shape: ModelShape, layer: int) -> Cost:
         return Attention.cost(config, shape, layer) + Cost(parameters=4 * config.channels_per_head(shape.d_model))
 
     def reset_parameters(self, init: Init) -> None:
@@ -87,7 +87,7 @@ class DiffAttention(Attention):
 
     @staticmethod
     def mix(
-        config: DiffAttentionConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
+        config: AttentionConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """Both maps of the local heads, map 1 of a head before its map 2: y [B, T, 2 H, V]."""
         (k, v), state = with_cache(streams, state, ("k", "v"))
@@ -139,7 +139,7 @@ class DiffAttentionV2(Attention):
         self.w_lambda = Linear(shape.d_model, config.n_heads, bias=False)
 
     @staticmethod
-    def cost(config: DiffAttentionV2Config, shape: ModelShape, layer: int) -> Cost:
+    def cost(config: AttentionConfig, shape: ModelShape, layer: int) -> Cost:
         return Attention.cost(config, shape, layer) + linear_cost(shape.d_model, config.n_heads)
 
     def reset_parameters(self, init: Init) -> None:
@@ -154,7 +154,7 @@ class DiffAttentionV2(Attention):
 
     @staticmethod
     def mix(
-        config: DiffAttentionV2Config, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
+        config: AttentionConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """Both maps of the local heads, map 1 of a head before its map 2: y [B, T, 2 H, K]."""
         (k, v), state = with_cache(streams, state, ("k", "v"))

@@ -27,7 +27,10 @@ from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
 from titanarch.models.mixers.delta_rule import (
+    BACKEND,
     FLOPS_OF_STATE,
+    KERNELS,
+    Backend,
     MatrixStateMixer,
     delta_transition,
     divided_width,
@@ -51,6 +54,7 @@ class GatedDeltaNetConfig(MixerConfig):
     head_dim: Positive | None = Field(None, description="key channels a head; unset: d_model / n_heads")
     expand_v: Annotated[float, Field(gt=0)] = Field(2.0, description="value channels / key channels of a head; enlarges the state")
     conv_size: Positive = Field(4, description="taps of the causal convolutions, tokens")
+    backend: Backend = Field("auto", description=BACKEND)
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """G, K, V; ConfigError where they do not divide."""
@@ -59,7 +63,7 @@ class GatedDeltaNetConfig(MixerConfig):
             raise ConfigError(f"gated_delta_net: n_heads ({self.n_heads}) is not a multiple of n_key_heads ({G}); use a divisor of n_heads")
         K = self.head_dim or divided_width("gated_delta_net", d_model, self.n_heads)
         V = self.expand_v * K
-        if V != int(V):
+        if int(V) != V:
             raise ConfigError(
                 f"gated_delta_net: expand_v ({self.expand_v}) times {K} key channels a head is {V:g} value channels; "
                 "choose an expand_v or head_dim that gives a whole number"
@@ -76,6 +80,7 @@ class GatedDeltaNet(MatrixStateMixer):
         "Gated DeltaNet: a delta rule whose state decays",
         "arXiv:2412.06464",
         "transformers: Qwen3NextGatedDeltaNet, torch_recurrent_gated_delta_rule",
+        KERNELS,
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
@@ -147,7 +152,7 @@ class GatedDeltaNet(MatrixStateMixer):
         config: GatedDeltaNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """The delta rule: [B, T, H, V]. The state stops at documents."""
-        return mix_delta_rule(streams, head_params, seq, state)
+        return mix_delta_rule(streams, head_params, seq, state, config.backend)
 
     @staticmethod
     def transition(config: GatedDeltaNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:

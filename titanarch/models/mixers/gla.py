@@ -40,7 +40,8 @@ class LinearAttentionConfig(MixerConfig):
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in the norm of each head")
     chunk_size: Positive = Field(64, description="tokens computed at once; the result does not depend on it")
     backend: Literal["auto", "reference", "fla"] = Field(
-        "auto", description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed"
+        "auto",
+        description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed",
     )
 
     def channels(self, d_model: int) -> tuple[int, int]:

@@ -26,7 +26,10 @@ from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
 from titanarch.models.mixers.delta_rule import (
+    BACKEND,
     FLOPS_OF_STATE,
+    KERNELS,
+    Backend,
     MatrixStateMixer,
     delta_transition,
     divided_width,
@@ -48,6 +51,7 @@ class KDAConfig(MixerConfig):
     n_heads: Positive = Field(description="heads, each with a state")
     head_dim: Positive | None = Field(None, description="channels of a head's key and value; unset: d_model / n_heads")
     conv_size: Positive = Field(4, description="taps of the causal convolutions, tokens")
+    backend: Backend = Field("auto", description=BACKEND)
     rank: Positive | None = Field(None, description="rank of the maps that make decays and the output gate, channels; unset: head_dim")
 
     def channels(self, d_model: int) -> int:
@@ -61,7 +65,10 @@ class KDA(MatrixStateMixer):
 
     Config = KDAConfig
     card = Card(
-        "Kimi Delta Attention: a delta rule with a decay a key channel", "arXiv:2510.26692", "transformers: KimiLinearDeltaAttention"
+        "Kimi Delta Attention: a delta rule with a decay a key channel",
+        "arXiv:2510.26692",
+        "transformers: KimiLinearDeltaAttention",
+        KERNELS,
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
@@ -136,7 +143,7 @@ class KDA(MatrixStateMixer):
         config: KDAConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """The delta rule: [B, T, H, K]. The state stops at documents."""
-        return mix_delta_rule(streams, head_params, seq, state)
+        return mix_delta_rule(streams, head_params, seq, state, config.backend)
 
     @staticmethod
     def transition(config: KDAConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:

@@ -53,7 +53,8 @@ class Mamba2Config(MixerConfig):
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in the norm")
     chunk_size: Positive = Field(256, description="tokens computed at once; the result does not depend on it")
     backend: Literal["auto", "reference", "mamba_ssm", "fla"] = Field(
-        "auto", description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed"
+        "auto",
+        description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed",
     )
 
     def sized(self, d_model: int) -> "Mamba2Config":

@@ -33,9 +33,10 @@ from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.models.mixers.delta_rule import MatrixStateMixer, divided_width, document_starts
+from titanarch.models.mixers.delta_rule import BACKEND, KERNELS, Backend, MatrixStateMixer, divided_width, document_starts
 from titanarch.models.mixers.rwkv7_init import decay_bias, gain_of_layer, linear_ramp, orthogonal, rate_bias, shift_ramps
 from titanarch.ops.delta_recurrence import diagonal_plus_low_rank, diagonal_plus_low_rank_transition
+from titanarch.ops.recurrence_backend import chosen
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -52,8 +53,9 @@ class RWKV7Config(MixerConfig):
     n_heads: Positive = Field(description="heads, each with a state; 64 channels each as published, d_model / n_heads in general")
     decay_rank: Positive | None = Field(None, description="rank of the map that makes decays; unset: about 2.5 sqrt(d_model)")
     rate_rank: Positive | None = Field(None, description="rank of the map that makes in-context learning rates; unset: as decay_rank")
-    value_rank: Positive | None = Field(None, description="rank of the map that mixes in the first layer's values; unset: 1.7 sqrt(d_model)")
+    value_rank: Positive | None = Field(None, description="rank of the map that mixes in first values; unset: about 1.7 sqrt(d_model)")
     gate_rank: Positive | None = Field(None, description="rank of the map that makes the output gate; unset: about 5 sqrt(d_model)")
+    backend: Backend = Field("auto", description=BACKEND)
 
     def head_dim(self, d_model: int) -> int:
         """K; ConfigError where the model's width does not give at least two channels a head."""
@@ -87,12 +89,13 @@ class RWKV7(MatrixStateMixer):
         "RWKV-7 time mix: a state with vector decay, rewritten along a learned direction",
         "arXiv:2503.14456",
         "a loop over tokens written from the paper's equations",
+        KERNELS,
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
-        **{name: Split.COLUMN for name in ("wr", "wk", "wv", "w2", "a2", "v2", "g2")},
-        **{name: Split.SHARED for name in ("w1", "a1", "v1", "g1", "shift_SD")},
-        **{name: Split.PER_HEAD for name in ("w0_HK", "a0_HK", "k_k_HK", "k_a_HK", "r_k_HK", "gain_HK", "bias_HK")},
+        **dict.fromkeys(("wr", "wk", "wv", "w2", "a2", "v2", "g2"), Split.COLUMN),
+        **dict.fromkeys(("w1", "a1", "v1", "g1", "shift_SD"), Split.SHARED),
+        **dict.fromkeys(("w0_HK", "a0_HK", "k_k_HK", "k_a_HK", "r_k_HK", "gain_HK", "bias_HK"), Split.PER_HEAD),
         "wo": Split.ROW,
         "head": Split.REPLICATED,
     }
@@ -113,7 +116,7 @@ class RWKV7(MatrixStateMixer):
             self.v1, self.v2 = Factor(D, v, bias=False), Factor(v, D, bias=True)
         self.shift_SD = nn.Parameter(torch.empty(len(SHIFTED), D))
         names = ("w0_HK", "a0_HK", "k_k_HK", "k_a_HK", "r_k_HK", "gain_HK", "bias_HK")
-        self.head = HeadParams({name: (H, K) for name in names})
+        self.head = HeadParams(dict.fromkeys(names, (H, K)))
 
     @staticmethod
     def streams(config: RWKV7Config, shape: ModelShape) -> Mapping[str, Stream]:
@@ -191,7 +194,10 @@ class RWKV7(MatrixStateMixer):
         """The recurrence, the norm of each head, the bonus of the token itself, and the gate: [B, T, H, K]."""
         k, v, log_w, a, b = RWKV7._operands(streams, head_params)
         r, starts, before = streams["r"].to(k.dtype), document_starts(seq.query), None if state is None else state["recurrent"]
-        y, last = diagonal_plus_low_rank(r, k, v, log_w, a, b, starts_BT=starts, state=before)
+        backend = chosen(config.backend, streams["v"], KERNELS)
+        narrow = v.to(streams["v"].dtype) if backend == "fla" else v
+        y, last = diagonal_plus_low_rank(r, k, narrow, log_w, a, b, starts_BT=starts, state=before, backend=backend)
+        y = y.to(v.dtype)
         y = F.layer_norm(y, y.shape[-1:], eps=1e-5 * y.shape[-1]) * head_params["gain_HK"] + head_params["bias_HK"]
         y = y + (r * k * head_params["r_k_HK"]).sum(-1, keepdim=True) * v
         return MixResult((y * streams["g"]).to(streams["v"].dtype), state={"recurrent": last})

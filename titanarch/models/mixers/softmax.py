@@ -4,7 +4,7 @@ Shapes: B rows, T queries, S keys, H query heads, G key heads, K key dim, V valu
 """
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -56,7 +56,7 @@ class SoftmaxMixer(SequenceMixer):
     """A mixer whose ``mix`` is ``attend``, with the output projection ``wo`` and, where it is gated, the gate ``wg``."""
 
     context_parallel = (ContextParallel.GATHER, ContextParallel.HEADS, ContextParallel.RING)
-    tensor_parallel: Mapping[str, Split] = {
+    tensor_parallel: ClassVar[Mapping[str, Split]] = {
         "wg": Split.COLUMN,
         "wo": Split.ROW,
         "head": Split.REPLICATED,
