@@ -4,30 +4,32 @@
     python -m benchmarks.recurrences --only gla --tokens 256 --rounds 4 --lengths 256 512 --record ""
 
 Sizes are those of a block 256 wide. The token-by-token side takes its inputs apart once, by ``unbind``; published naive forms index
-them in every step, whose backward fills zeros of the whole input for each token, and are slower still.
+them in every step, whose backward fills zeros of the whole input for each token; where that form is given, it is timed once.
 """
 
 import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import call, compare, memory_rise_bytes, record
+from benchmarks.measure import Comparison, call, compare, memory_rise_bytes, record
 from titanarch.ops.decay_recurrence import decay_recurrence, decay_recurrence_naive
 from titanarch.ops.delta_recurrence import delta_rule, diagonal_plus_low_rank, naive_recurrence
 
 Program = Callable[[], tuple[Tensor, ...]]
 Recurrence = Callable[..., tuple[Tensor, Tensor]]
-CHUNKED, PER_TOKEN = "chunked", "token by token"
+CHUNKED, PER_TOKEN, BY_INDEX = "chunked", "token by token", "token by token, by index"
 
 
 @dataclass(frozen=True)
 class Op:
     """``shapes``: of the inputs without (B, T), in the order of ``chunked``. ``decays``, ``rates``: which inputs are log decays, and
-    which lie in 0 to 1; ``units``: which are of length 1. Both forms take ``starts_BT`` and ``state``."""
+    which lie in 0 to 1; ``units``: which are of length 1. All forms take ``starts_BT`` and ``state``.
+    ``by_index``: token by token as published forms are written."""
 
     shapes: tuple[tuple[int, ...], ...]
     chunked: Recurrence
@@ -35,22 +37,34 @@ class Op:
     decays: tuple[int, ...]
     rates: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
+    by_index: Recurrence | None = None
 
 
 def delta_rule_per_token(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, **options: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, starts_BT: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The delta rule in the general form."""
     g, b = log_decay.expand_as(k), beta[..., None] * k
-    return naive_recurrence(q, b, v, g, -torch.exp(g) * k, b, **options)
+    return naive_recurrence(q, b, v, g, -torch.exp(g) * k, b, starts_BT=starts_BT, state=state)
+
+
+def decay_by_index(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, starts_BT: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A decaying recurrence, inputs indexed and outputs written in place."""
+    n_heads, y = v.shape[2], torch.zeros_like(v)
+    S = torch.zeros(v.shape[0], n_heads, k.shape[3], v.shape[3]) if state is None else state
+    for t in range(v.shape[1]):
+        decay = log_decay[:, t].exp().reshape(v.shape[0], n_heads, -1, 1) * ~starts_BT[:, t, None, None, None]
+        S = S * decay + k[:, t].expand(-1, n_heads, -1)[..., None] * v[:, t, :, None]
+        y[:, t] = (q[:, t].expand(-1, n_heads, -1)[..., None] * S).sum(-2)
+    return y, S
 
 
 KEYS, VALUES = (4, 64), (4, 64)
 OPS = {
-    "mamba2": Op(((1, 128), (1, 128), (8, 64), (8,)), decay_recurrence, decay_recurrence_naive, decays=(3,)),
-    "retnet": Op((KEYS, KEYS, (4, 128), (4,)), decay_recurrence, decay_recurrence_naive, decays=(3,)),
-    "gla": Op(((4, 32), (4, 32), VALUES, (4, 32)), decay_recurrence, decay_recurrence_naive, decays=(3,)),
-    "gla, wide keys": Op((KEYS, KEYS, VALUES, KEYS), decay_recurrence, decay_recurrence_naive, decays=(3,)),
+    "mamba2": Op(((1, 128), (1, 128), (8, 64), (8,)), decay_recurrence, decay_recurrence_naive, decays=(3,), by_index=decay_by_index),
+    "retnet": Op((KEYS, KEYS, (4, 128), (4,)), decay_recurrence, decay_recurrence_naive, decays=(3,), by_index=decay_by_index),
+    "gla": Op(((4, 32), (4, 32), VALUES, (4, 32)), decay_recurrence, decay_recurrence_naive, decays=(3,), by_index=decay_by_index),
+    "gla, wide keys": Op((KEYS, KEYS, VALUES, KEYS), decay_recurrence, decay_recurrence_naive, decays=(3,), by_index=decay_by_index),
     "gated delta net": Op((KEYS, KEYS, VALUES, (4, 1), (4,)), delta_rule, delta_rule_per_token, decays=(3,), rates=(4,), units=(1,)),
     "kda": Op((KEYS, KEYS, VALUES, KEYS, (4,)), delta_rule, delta_rule_per_token, decays=(3,), rates=(4,), units=(1,)),
     "rwkv7": Op((KEYS, KEYS, VALUES, KEYS, KEYS, KEYS), diagonal_plus_low_rank, naive_recurrence, decays=(3,), units=(4, 5)),
@@ -63,7 +77,7 @@ def make(name: str, side: str, n_tokens: int, threads: int) -> Program:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     op = OPS[name]
-    leaves = []
+    leaves: list[Tensor] = []
     for number, shape in enumerate(op.shapes):
         x = torch.randn(1, n_tokens, *shape)
         if number in op.decays:
@@ -76,7 +90,8 @@ def make(name: str, side: str, n_tokens: int, threads: int) -> Program:
         leaves.append(x.requires_grad_())
     starts_BT = torch.zeros(1, n_tokens, dtype=torch.bool)
     starts_BT[:, 0] = starts_BT[:, n_tokens // 3] = True
-    run = op.chunked if side == CHUNKED else op.per_token
+    run = {CHUNKED: op.chunked, PER_TOKEN: op.per_token, BY_INDEX: op.by_index}[side]
+    assert run is not None, f"{name} has no form {side}"
     upstream: list[Tensor] = []
 
     def program() -> tuple[Tensor, ...]:
@@ -95,7 +110,7 @@ def exponent(lengths: list[int], values: list[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def growth(name: str, lengths: list[int], threads: int, n_calls: int) -> dict[str, object]:
+def growth(name: str, lengths: list[int], threads: int, n_calls: int) -> dict[str, Any]:
     """Processor seconds, each the least of ``n_calls``, and the rise of memory of the chunked form at each length, with exponents."""
     samples, seconds, memory = [], [], []
     for n_tokens in lengths:
@@ -124,7 +139,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", default="recurrences", help="name of the file in benchmarks/results; empty: none")
     options = parser.parse_args()
-    results = []
+    results: list[Comparison | dict[str, Any]] = []
     for name in options.only:
         sides = {side: make(name, side, options.tokens, options.threads) for side in (CHUNKED, PER_TOKEN)}
         pairs = zip(sides[CHUNKED](), sides[PER_TOKEN](), strict=True)
@@ -132,6 +147,12 @@ def main() -> None:
         print(f"{name}: outputs and gradients differ by {max(differences):.1e} of their largest entry")
         comparison = compare(*((f"{name}, {side}", program) for side, program in sides.items()), n_rounds=options.rounds)
         print(comparison.summary(), flush=True)
+        if OPS[name].by_index is not None:
+            seconds = call(make(name, BY_INDEX, options.tokens, options.threads)).wall_seconds
+            print(
+                f"{name}, {BY_INDEX}: {seconds:.3g} s, {seconds / comparison.first_median_seconds:.0f} times the chunked form", flush=True
+            )
+            results.append({"op": name, "by_index_seconds": seconds})
         grown = growth(name, options.lengths, options.threads, n_calls=3)
         mebibytes = ", ".join(f"{n_bytes / 2**20:.0f}" for n_bytes in grown["memory_rise_bytes"])
         print(f"{name}: time ~ T^{grown['time_exponent']:.2f}, memory ~ T^{grown['memory_exponent']:.2f} ({mebibytes} MiB)", flush=True)

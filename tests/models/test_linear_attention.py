@@ -128,7 +128,8 @@ def test_flash_linear_attention_is_called_for_the_same_recurrence(*, vector: boo
     """The package is replaced by the definition with its signature: documents are kept apart by log decays alone."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float, initial_state: Tensor, output_final_state: bool) -> Any:
-        assert output_final_state and g.shape == (k.shape if vector else k.shape[:3])
+        assert output_final_state
+        assert g.shape == (k.shape if vector else k.shape[:3])
         return decay_recurrence_naive(scale * q, k, v, g, starts_BT=None, state=initial_state)
 
     modules = {"fla.ops.simple_gla": "chunk_simple_gla", "fla.ops.gla": "chunk_gla"}

@@ -116,7 +116,7 @@ def test_cost_of_the_published_size() -> None:
     assert (mixer.config.n_heads, mixer.config.head_dim) == (32, 64)
     roles = roles_of(mixer)
     decayed = {name for name, role in roles.items() if role.decay}
-    assert decayed == {name for name in roles if name.endswith("weight") or name.endswith("weight_CW")}
+    assert decayed == {name for name in roles if name.endswith(("weight", "weight_CW"))}
     assert "head" in Mamba2.fp32
 
 

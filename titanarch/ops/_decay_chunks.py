@@ -27,7 +27,7 @@ class Documents(NamedTuple):
 
 def length_of_chunks(n_tokens: int, chunk_size: int) -> int:
     """Tokens a chunk: a power of two, at most ``chunk_size``, no longer than needed for the row."""
-    assert chunk_size >= 1 and n_tokens >= 1, f"chunks of {chunk_size} tokens in rows of {n_tokens}"
+    assert min(chunk_size, n_tokens) >= 1, f"chunks of {chunk_size} tokens in rows of {n_tokens}"
     length = 1 << (chunk_size.bit_length() - 1)
     return min(length, 1 << (n_tokens - 1).bit_length())
 

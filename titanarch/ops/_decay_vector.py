@@ -46,10 +46,8 @@ def _scores(q_QK: Tensor, k_QK: Tensor, g_QK: Tensor) -> tuple[Tensor, Tensor, T
             (x[..., 0::2, :, :], x[..., 1::2, :, :]) for x in (q, k, scores, since, until)
         )
         queries, keys = q_upper * since_upper.exp(), k_lower * until_lower.exp()
-        if queries.shape[-2] <= _WRITTEN_OUT:
-            across = (queries[..., :, None, :] * keys[..., None, :, :]).sum(-1)
-        else:
-            across = queries @ keys.mT
+        written_out = queries.shape[-2] <= _WRITTEN_OUT
+        across = (queries[..., :, None, :] * keys[..., None, :, :]).sum(-1) if written_out else queries @ keys.mT
         scores = torch.cat([torch.cat([low, torch.zeros_like(low)], -1), torch.cat([across, high], -1)], -2)
         since, until = (
             torch.cat([since_lower, since_upper + since_lower[..., -1:, :]], -2),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanarch.ops._decayed_pairs import decayed_pairs
-from titanarch.ops._delta_kernels import fla_diagonal_plus_low_rank
+from titanarch.ops._delta_kernels import fla_delta_rule, fla_diagonal_plus_low_rank
 from titanarch.ops.recurrence_backend import REFERENCE
 
 CHUNK = 64

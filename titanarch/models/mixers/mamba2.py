@@ -51,7 +51,7 @@ class Mamba2Config(MixerConfig):
     a_min: PositiveFloat = Field(1.0, description="slowest initial decay rate, per unit of time")
     a_max: PositiveFloat = Field(16.0, description="fastest initial decay rate; they are drawn evenly")
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in the norm")
-    chunk_size: Positive = Field(256, description="tokens computed at once; the result does not depend on it")
+    chunk_size: Positive = Field(256, description="tokens computed at once, which no result depends on; on a CPU 64 is faster")
     backend: Literal["auto", "reference", "mamba_ssm", "fla"] = Field(
         "auto",
         description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed",
@@ -239,7 +239,8 @@ class Mamba2(RecurrentMixer):
 
 def _heads(sized: Mamba2Config) -> tuple[int, int]:
     """Heads and their channels."""
-    assert sized.n_heads is not None and sized.head_dim is not None, "the table was completed by sized()"
+    assert sized.n_heads is not None, "the table was completed by sized()"
+    assert sized.head_dim is not None, "the table was completed by sized()"
     return sized.n_heads, sized.head_dim
 
 
