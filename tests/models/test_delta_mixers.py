@@ -275,10 +275,3 @@ def test_a_kernel_is_refused_on_a_cpu(name: str) -> None:
     mixer = drawn(name, backend="fla")
     assert "backend 'fla' is for CUDA, and this is cpu" in mixer.why_not_on("cpu", compiled=False)
     assert drawn(name).why_not_on("cpu", compiled=False) == ""
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_block_is_one_graph(name: str) -> None:
-    block, x, seq = model_of(name).bare_blocks[0], inputs(), SequenceInfo.whole(B, T)
-    compiled, _ = torch.compile(block, backend="aot_eager", fullgraph=True)(x, seq, Carry.empty())
-    torch.testing.assert_close(compiled, block(x, seq, Carry.empty())[0])
