@@ -19,7 +19,10 @@ from titanarch.config.section import Section
 from titanarch.contract.growth import Growth
 
 Draw = Callable[[torch.Size, torch.Generator], Tensor]
-Scheme = Literal["gpt2", "pytorch", "depth_scaled"]
+Scheme = Literal["gpt2", "pytorch", "depth_scaled", "fan_in"]
+
+BY_FAN_IN = ("pytorch", "fan_in")
+"""Schemes whose draws are as wide as 1 / sqrt(fan-in) by themselves, and alike at every depth."""
 
 
 class InitConfig(Section):
@@ -28,9 +31,9 @@ class InitConfig(Section):
     scheme: Scheme = Field(
         "gpt2",
         description="gpt2: N(0, std), residual outputs over sqrt(2 n_layers); pytorch: U(+-1/sqrt(fan_in)), embedding N(0, 1); "
-        "depth_scaled: N(0, std), residual outputs of block l over sqrt(2 (l + 1))",
+        "depth_scaled: N(0, std), residual outputs of block l over sqrt(2 (l + 1)); fan_in: N(0, 1/fan_in), embedding N(0, 1), as in T5",
     )
-    std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of normal draws; unused by pytorch")
+    std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of normal draws; unused by pytorch and fan_in")
 
 
 def qualified_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -66,13 +69,15 @@ class Init:
         fan_in, factor = module.in_features, self.width_factor(module, "weight")
         if self.config.scheme == "pytorch":
             self.uniform(module, "weight", factor / math.sqrt(fan_in))
+        elif self.config.scheme == "fan_in":
+            self.normal(module, "weight", factor / math.sqrt(fan_in))
         else:
             self.normal(module, "weight", self.config.std * factor)
         self._bias(module, fan_in)
 
     def residual_output(self, module: nn.Linear, layer: int) -> None:
         """A linear layer that writes to the residual stream, in block ``layer``."""
-        if self.config.scheme == "pytorch":
+        if self.config.scheme in BY_FAN_IN:
             return self.linear(module)
         depth = self.n_layers if self.config.scheme == "gpt2" else layer + 1
         self.normal(module, "weight", self.config.std * self.width_factor(module, "weight") / math.sqrt(2 * depth))
@@ -83,17 +88,19 @@ class Init:
         factor = self.width_factor(module, name)
         if self.config.scheme == "pytorch":
             return self.uniform(module, name, factor / math.sqrt(module.get_parameter(name).shape[-1]))
+        if self.config.scheme == "fan_in":
+            return self.normal(module, name, factor / math.sqrt(module.get_parameter(name).shape[-1]))
         return self.normal(module, name, self.config.std * factor * (1.0 if residual_of is None else self.residual_factor(residual_of)))
 
     def residual_factor(self, layer: int) -> float:
         """What the scheme multiplies the spread of residual outputs of block ``layer`` by."""
-        if self.config.scheme == "pytorch":
+        if self.config.scheme in BY_FAN_IN:
             return 1.0
         return 1 / math.sqrt(2 * (self.n_layers if self.config.scheme == "gpt2" else layer + 1))
 
     def embedding(self, module: nn.Embedding) -> None:
-        """A table of vectors by the scheme: N(0, 1) for pytorch, else N(0, std)."""
-        self.normal(module, "weight", 1.0 if self.config.scheme == "pytorch" else self.config.std)
+        """A table of vectors by the scheme: N(0, 1) for pytorch and fan_in, else N(0, std)."""
+        self.normal(module, "weight", 1.0 if self.config.scheme in BY_FAN_IN else self.config.std)
 
     def normal(self, module: nn.Module, name: str, std: float, *, mean: float = 0.0) -> None:
         self.fill(module, name, lambda shape, g: torch.randn(shape, generator=g, dtype=torch.float32) * std + mean)
@@ -113,9 +120,9 @@ class Init:
         self.filled.add(qualified)
 
     def width_factor(self, module: nn.Module, name: str) -> float:
-        """Of the scheme's spread for parameter ``name`` at this width; the scheme ``pytorch`` divides by sqrt(fan-in) by itself."""
+        """Of the scheme's spread for parameter ``name`` at this width; those in ``BY_FAN_IN`` divide by sqrt(fan-in) by themselves."""
         growth = self._growth.get(self._qualified(module, name), Growth())
-        return growth.std_factor * (math.sqrt(growth.fan_in) if self.config.scheme == "pytorch" else 1.0)
+        return growth.std_factor * (math.sqrt(growth.fan_in) if self.config.scheme in BY_FAN_IN else 1.0)
 
     def _qualified(self, module: nn.Module, name: str) -> str:
         prefix = self._names[module]

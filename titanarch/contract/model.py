@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
 from titanarch.config.registry import ComponentConfig, Registry
@@ -18,12 +19,17 @@ from titanarch.contract.mixer import State
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Aux
 from titanarch.contract.vocabulary import Vocabulary
+from titanarch.ops.cross_entropy import IGNORED
 
-Technique = Literal["context_parallel", "sequence_parallel", "tensor_parallel", "recomputation", "float8"]
+Technique = Literal["context_parallel", "sequence_parallel", "tensor_parallel", "recomputation", "float8", "scoring_windows"]
 
 
 class ModelConfig(ComponentConfig):
     """The [model] table; ``name`` picks the model spec."""
+
+    def extra_tokens(self) -> int:
+        """Rows of the embedding that the model needs beside the tokenizer's, which are the last."""
+        return 0
 
 
 class Objective(NamedTuple):
@@ -62,7 +68,7 @@ class Model(nn.Module, ABC):
     vocabulary: Vocabulary = Vocabulary()
     """Embeds tokens and says which are scored here; parallel/ replaces it."""
     refuses: ClassVar[Mapping[Technique, str]] = {}
-    """Why a technique cannot be used with this model, as the end of a sentence."""
+    """Why a technique cannot be used with this model, as the end of a sentence. ``scoring_windows``: every token by those before it."""
     sum_over_rows: Callable[[Tensor], Tensor] = staticmethod(_of_all_rows)
     """Sums a tensor without gradient, which it may overwrite, over the processes that have other rows; parallel/ replaces it."""
 
@@ -102,6 +108,10 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
         """Next-token logits, fp32 [B, T, V]."""
+
+    def count_targets(self, labels_BT: Tensor, seq: SequenceInfo) -> int:
+        """Valid targets of whole rows, on the host, as ``forward`` and ``token_losses`` sum over them."""
+        return int(np.count_nonzero(labels_BT.numpy() != IGNORED))
 
     def after_update(self) -> None:
         """Called after every update of the parameters; parallel/ may add to it."""

@@ -51,6 +51,8 @@ class Subject:
 
     def why_not(self, length: int) -> str:
         """Why rows of ``length`` tokens cannot be measured; empty where they can."""
+        if "scoring_windows" in self.model.refuses:
+            return self.model.refuses["scoring_windows"]
         longest = self.model.max_length()
         if longest is not None and length > longest:
             return f"the model reads at most {longest} tokens"

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from titanarch.contract.model import Model
-from titanarch.data.batch import IGNORED
 from titanarch.data.fixed import FixedBatches
 from titanarch.evaluate.forward import Reduce, evaluating, summed
 from titanarch.evaluate.sequence import sequence_of
@@ -29,6 +28,6 @@ def validation_loss(model: Model, batches: FixedBatches, *, device: torch.device
             moved = batch.to(device)
             losses_BT = model.token_losses(moved.tokens_BT, sequence_of(moved, seed=None), moved.labels_BT)
             sums[0] += losses_BT.cpu().double().sum()
-            sums[1] += (batch.labels_BT != IGNORED).sum()
+            sums[1] += model.count_targets(batch.labels_BT, sequence_of(batch, seed=None))
     loss_sum, n_targets = summed(sums, device=device, reduce=reduce).tolist()
     return ValidationLoss(loss_sum / n_targets if n_targets else float("nan"), int(n_targets))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from titanarch.contract.channel import CHANNELS, ChannelConfig
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
-from titanarch.contract.mixer import MIXERS, MixerConfig, SequenceMixer, State
+from titanarch.contract.mixer import MIXERS, BaseMixer, MixerConfig, SequenceMixer, State
 from titanarch.contract.norm import NORMS, Norm, NormConfig
 from titanarch.contract.sequence import MixSequence, SequenceInfo, StepHalo
 from titanarch.contract.shape import ModelShape
@@ -53,17 +53,24 @@ class Block(nn.Module):
         super().__init__()
         self.residual = residual
         self.layer = layer
-        self.mixer = MIXERS.of(mixer)(mixer, shape, layer)
+        self.mixer = self.mixer_class(mixer)(mixer, shape, layer)
         self.channel = None if channel.kind == "none" else CHANNELS.of(channel)(channel, shape, layer)
         self.norms = nn.ModuleDict({name: NORMS.of(norm)(norm, shape.d_model) for name in _norm_sites(residual, self.channel is not None)})
         self.mixer_dropout = Dropout(dropout, SITES_A_BLOCK * (layer + 1))
         self.channel_dropout = Dropout(dropout, SITES_A_BLOCK * (layer + 1) + 1)
 
     @staticmethod
-    def cost(shape: ModelShape, layer: int, *, mixer: MixerConfig, channel: ChannelConfig, norm: NormConfig, residual: Residual) -> Cost:
+    def mixer_class(mixer: MixerConfig) -> type[BaseMixer]:
+        """What mixes along the sequence by this table."""
+        return MIXERS.of(mixer)
+
+    @classmethod
+    def cost(
+        cls, shape: ModelShape, layer: int, *, mixer: MixerConfig, channel: ChannelConfig, norm: NormConfig, residual: Residual
+    ) -> Cost:
         has_channel = channel.kind != "none"
         n_norms = len(_norm_sites(residual, has_channel))
-        cost = MIXERS.of(mixer).cost(mixer, shape, layer)
+        cost = cls.mixer_class(mixer).cost(mixer, shape, layer)
         cost += Cost(parameters=n_norms * NORMS.of(norm).n_parameters(norm, shape.d_model))
         return cost + CHANNELS.of(channel).cost(channel, shape) if has_channel else cost
 
@@ -98,11 +105,15 @@ class Block(nn.Module):
     def _rest(self, x_BTD: Tensor, read_BTD: Tensor, mixed_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
         """The block after its sequence mixer read ``read`` and gave ``mixed``."""
         x = self._after("mixer", x_BTD, self.mixer_dropout(mixed_BTD, seq))
-        if self.channel is not None:
-            read_BTD = read_BTD if self.residual == "parallel" else self._before("channel_norm", x)
-            out, carry = self.channel.run(read_BTD, seq, carry)
-            x = self._after("channel", x, self.channel_dropout(out, seq))
-        return x, carry
+        return self._channelled(x, read_BTD, seq, carry)
+
+    def _channelled(self, x_BTD: Tensor, read_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Tensor, Carry]:
+        """The block after all but its channel mixer."""
+        if self.channel is None:
+            return x_BTD, carry
+        read_BTD = read_BTD if self.residual == "parallel" else self._before("channel_norm", x_BTD)
+        out, carry = self.channel.run(read_BTD, seq, carry)
+        return self._after("channel", x_BTD, self.channel_dropout(out, seq)), carry
 
     def _before(self, norm: str, x_BTD: Tensor) -> Tensor:
         out: Tensor = x_BTD if self.residual == "post_norm" else self.norms[norm](x_BTD)

@@ -2,6 +2,7 @@
 
 from titanarch.models import activations, channels, decoder, elephant, isotropic, linears, norms, positions
 from titanarch.models.ebt import model as ebt
+from titanarch.models.encoder_decoder import model as encoder_decoder
 from titanarch.models.hnet import model as hnet
 from titanarch.models.mixers import attention, diff_attention, external, gated_delta_net, gla, kda, mamba2, mla, retnet, rwkv7, values_relu
 
@@ -13,6 +14,7 @@ REGISTERED = (
     diff_attention,
     ebt,
     elephant,
+    encoder_decoder,
     external,
     gated_delta_net,
     gla,

@@ -105,6 +105,13 @@ class LanguageModel(Model):
 
     def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
         x_BTD, carry = self._hidden(tokens_BT, seq)
+        return self._objective(x_BTD, carry, labels_BT, z_weight)
+
+    def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
+        return self._losses(self._hidden(tokens_BT, seq)[0], labels_BT)
+
+    def _objective(self, x_BTD: Tensor, carry: Carry, labels_BT: Tensor, z_weight: float) -> Objective:
+        """Of what the head reads and ``body`` left."""
         x_BTD, labels_BT = self.vocabulary.scored(x_BTD, labels_BT)
         weight_VD, bias_V = self._head()
         loss = chunked_cross_entropy(
@@ -118,8 +125,8 @@ class LanguageModel(Model):
         )
         return Objective(loss.total, loss.loss_sum, loss.z_sum, loss.count, self.auxiliary(carry))
 
-    def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
-        x_BTD, _ = self._hidden(tokens_BT, seq)
+    def _losses(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of every label by what the head reads, [B, T]."""
         x_BTD, labels_BT = self.vocabulary.scored(x_BTD, labels_BT)
         weight_VD, bias_V = self._head()
         cap, shard = self.config.head_soft_cap, self.vocabulary.shard

@@ -47,11 +47,12 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
 
 def vocabulary(config: RunConfig, tokenizer_size: int) -> int:
     """Rows of the embedding; a ConfigError where the model's are fewer than the tokenizer's tokens."""
-    wanted = getattr(config.model, "vocab_size", None) or tokenizer_size
-    if wanted < tokenizer_size:
-        raise ConfigError(
-            Problem(f"{wanted} rows are fewer than the tokenizer's {tokenizer_size} tokens; raise it or remove it", "model.vocab_size")
-        )
+    needed = tokenizer_size + config.model.extra_tokens()
+    wanted = getattr(config.model, "vocab_size", None) or needed
+    if wanted < needed:
+        extra = f" and {config.model.extra_tokens()} of the model's own" if config.model.extra_tokens() else ""
+        message = f"{wanted} rows are fewer than the tokenizer's {tokenizer_size} tokens{extra}; raise it or remove it"
+        raise ConfigError(Problem(message, "model.vocab_size"))
     return int(wanted)
 
 

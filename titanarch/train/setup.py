@@ -34,7 +34,8 @@ from titanarch.train.run_config import RunConfig
 class LaidOut:
     """A model divided over processes, on the meta device; ``names``, ``roles``, ``growth`` and ``cost`` are those of the bare model.
 
-    ``growth``: of each parameter against the base model of mup; None without one. ``notes``: what was decided where the configuration left it open.
+    ``growth``: of each parameter against the base model of mup; None without one. ``notes``: what was decided where the configuration
+    left it open.
     """
 
     model: Model

@@ -7,13 +7,12 @@ weighted auxiliary terms, so that neither the layout nor the micro-batch size ch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from titanarch.contract.model import Model, Objective
-from titanarch.data.batch import IGNORED, Batch
+from titanarch.data.batch import Batch
 from titanarch.evaluate.sequence import sequence_of
 from titanarch.parallel.mesh import Mesh
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
@@ -93,7 +92,7 @@ class TrainStep:
 
     def _global_targets(self, batches: Sequence[Batch]) -> Tensor:
         """Valid targets of the global batch, an fp32 scalar on the device, at least 1; counted on the host."""
-        here = sum(np.count_nonzero(batch.labels_BT.numpy() != IGNORED) for batch in batches)
+        here = sum(self.model.count_targets(batch.labels_BT, sequence_of(batch, seed=self.seed)) for batch in batches)
         if self.mesh.degrees.data_parallel == 1:
             return torch.tensor(float(max(here, 1))).to(self.device, non_blocking=True)
         count = torch.tensor(float(here), dtype=torch.float64).to(self.device, non_blocking=True)

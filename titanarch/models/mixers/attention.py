@@ -136,14 +136,20 @@ class Attention(SoftmaxMixer):
         K = self.head_dim
         q, k = (linear(x_BTD).unflatten(-1, (-1, K)) for linear in (self.wq, self.wk))
         v = self.values(x_BTD).unflatten(-1, (-1, self.config.key_maps * K))
-        if self.config.qk_norm:
-            q = F.rms_norm(q, (K,), local(self.q_gain_K), eps=1e-6)
-            k = F.rms_norm(k, (K,), local(self.k_gain_K), eps=1e-6)
+        q, k = self.normed(q, k)
         for position in self.relative_positions():
             q, k = position.rotate(q, k, seq.position_BT)
         if self.config.value_residual != "none":
             v, carry = self._mix_first_values(v, x_BTD, carry)
         return {"q": q, "k": k, "v": v}, carry
+
+    def normed(self, q_BTHK: Tensor, k_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys by QK-norm, where there is one."""
+        if not self.config.qk_norm:
+            return q_BTHK, k_BSGK
+        gains_K = (local(self.q_gain_K), local(self.k_gain_K))
+        q_BTHK, k_BSGK = (F.rms_norm(x, (self.head_dim,), gain_K, eps=1e-6) for x, gain_K in zip((q_BTHK, k_BSGK), gains_K, strict=True))
+        return q_BTHK, k_BSGK
 
     def values(self, x_BTD: Tensor) -> Tensor:
         """Values of the local heads, [B, T, channels of all]."""

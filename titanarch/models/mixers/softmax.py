@@ -65,6 +65,8 @@ class SoftmaxMixer(SequenceMixer):
         "table_HN": Split.PER_HEAD,
     }
     fp32 = frozenset({"head", "position"})
+    both_ways: ClassVar[bool] = False
+    """Whether tables reach to keys after the query."""
     config: SoftmaxConfig
     wo: Linear
     wg: Linear
@@ -118,11 +120,11 @@ class SoftmaxMixer(SequenceMixer):
         return [p for p in self.position if isinstance(p, RelativePosition)]
 
     def head_params(self, seq: SequenceInfo, carry: Carry) -> tuple[Mapping[str, Tensor], Carry]:
-        """sinks [H]; table [H, N], the sum of all biases for the distances 0 to N - 1."""
+        """sinks [H]; table [H, N], the sum of all biases for the distances 0 to N - 1, or both ways."""
         params: dict[str, Tensor] = dict(self.head()) if self.config.sinks else {}
         for position in self.relative_positions():
             if position.has_table:
-                table_HN, carry = position(seq.length, False, carry)
+                table_HN, carry = position(seq.length, self.both_ways, carry)
                 params["table_HN"] = params["table_HN"] + table_HN if "table_HN" in params else table_HN
         return params, carry
 
@@ -152,10 +154,11 @@ def attend(
     seq: MixSequence,
     *,
     scale: float | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of the local heads as ``config`` says: y [B, T, H, V], and lse [B, T, H] where ``seq`` wants it.
+    """Attention of the local heads as ``config`` says: y [B, T, H, V], and lse [B, T, H] where ``seq`` wants it.
 
-    ``scale``: of the logits where the config gives none; None: 1 / sqrt(K).
+    ``scale``: of the logits where the config gives none; None: 1 / sqrt(K). ``causal``: a query sees no later key.
     """
     query, key = seq.query, seq.key
     dropout = None
@@ -171,6 +174,7 @@ def attend(
         key=AttentionTokens(key.index_T, key.document_BT),
         scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale,
         table_HN=head_params.get("table_HN"),
+        causal=causal,
         packed=query.packed,
         contiguous=query.contiguous and key.contiguous,
         window=config.window,
