@@ -23,11 +23,12 @@ from titanarch.plan.formulas import formula_bytes
 from titanarch.plan.ledger import ACTIVATIONS, GATHERED, GRADIENTS, OPTIMIZER, OTHER, PARAMETERS, Ledger, Peak
 from titanarch.plan.routes import routes_of
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
-from titanarch.train.optimizers import Optimizers, build_optimizers
+from titanarch.train.optimizers import build_optimizers
 from titanarch.train.resolve import local_batch_size
 from titanarch.train.run_config import RunConfig
 from titanarch.train.setup import LaidOut, lay_out
 from titanarch.train.step import TrainStep
+from titanarch.train.update import Optimizers
 
 UPDATE = "update"
 """The scope of what a step sends once, whatever the number of micro-batches: counts of targets, norms, the optimizer."""

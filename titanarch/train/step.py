@@ -16,7 +16,7 @@ from titanarch.data.batch import Batch
 from titanarch.evaluate.sequence import sequence_of
 from titanarch.parallel.mesh import Mesh
 from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
-from titanarch.train.optimizers import Optimizers
+from titanarch.train.update import Optimizers
 
 
 @dataclass

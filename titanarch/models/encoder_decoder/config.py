@@ -1,6 +1,7 @@
 """[model] of the encoder-decoder: the keys of every language model, two depths, and the spans."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -87,6 +88,10 @@ class EncoderDecoderConfig(LanguageModelConfig):
         return self.spans.n_rows
 
     def shape(self, vocab_size: int, seq_len: int) -> ModelShape:
+        """Of rows, as embedding and positions are."""
+        return replace(self.decoder_shape(vocab_size, seq_len), seq_len=seq_len)
+
+    def decoder_shape(self, vocab_size: int, seq_len: int) -> ModelShape:
         """The decoder's; its sequences are the targets of a row."""
         layers = tuple(self.layers[i % len(self.layers)] for i in range(self.n_decoder_layers))
         return ModelShape(self.d_model, self.vocab_size or vocab_size, self.spans.counts(seq_len).decoder, layers)

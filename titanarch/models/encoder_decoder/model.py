@@ -52,63 +52,49 @@ class EncoderDecoder(LanguageModel):
     }
     config: EncoderDecoderConfig
 
-    def __init__(self, config: EncoderDecoderConfig, vocab_size: int, seq_len: int) -> None:
-        if config.spans.longest_row() < seq_len:
-            n_spans = config.spans.counts(seq_len).n_spans
-            message = f"{config.spans.n_sentinels} are fewer than the {n_spans} spans of a row of {seq_len} tokens; raise it"
-            raise ConfigError(Problem(message, "model.spans.n_sentinels"))
-        super().__init__(config, vocab_size, seq_len)
-        shape = config.encoder_shape(vocab_size, seq_len)
-        self.bare_encoder = tuple(
-            EncoderBlock(
-                shape,
-                layer,
-                mixer=config.encoder,
-                channel=config.channel,
-                norm=config.norm,
-                residual=config.residual,
-                dropout=config.dropout,
-            )
-            for layer in range(shape.n_layers)
-        )
-        self.encoder = nn.ModuleList(self.bare_encoder)
-        self.encoder_norm = None if config.residual == "post_norm" else NORMS.of(config.norm)(config.norm, shape.d_model)
-        self.ends_dropout = Dropout(config.dropout, ENDS_SITE)
-
     def build_body(self) -> None:
-        """The decoder."""
-        config, shape = self.config, self.shape
+        config, n_rows, row_length = self.config, self.shape.vocab_size, self.shape.seq_len
+        if config.spans.longest_row() < row_length:
+            n_spans = config.spans.counts(row_length).n_spans
+            message = f"{config.spans.n_sentinels} are fewer than the {n_spans} spans of a row of {row_length} tokens; raise it"
+            raise ConfigError(Problem(message, "model.spans.n_sentinels"))
+        encoder_shape, decoder_shape = config.encoder_shape(n_rows, row_length), config.decoder_shape(n_rows, row_length)
+        channel, norm, residual, dropout = config.channel, config.norm, config.residual, config.dropout
+        self.bare_encoder = tuple(
+            EncoderBlock(encoder_shape, layer, mixer=config.encoder, channel=channel, norm=norm, residual=residual, dropout=dropout)
+            for layer in range(encoder_shape.n_layers)
+        )
         self.bare_decoder = tuple(
             DecoderBlock(
-                shape,
+                decoder_shape,
                 layer,
                 mixer=config.mixers[name],
                 cross=config.cross,
-                channel=config.channel,
-                norm=config.norm,
-                residual=config.residual,
-                dropout=config.dropout,
+                channel=channel,
+                norm=norm,
+                residual=residual,
+                dropout=dropout,
             )
-            for layer, name in enumerate(shape.layers)
+            for layer, name in enumerate(decoder_shape.layers)
         )
-        self.decoder = nn.ModuleList(self.bare_decoder)
+        self.encoder, self.decoder = nn.ModuleList(self.bare_encoder), nn.ModuleList(self.bare_decoder)
+        self.encoder_norm = None if residual == "post_norm" else NORMS.of(norm)(norm, self.shape.d_model)
+        self.ends_dropout = Dropout(dropout, ENDS_SITE)
 
     @staticmethod
     def cost(config: EncoderDecoderConfig, vocab_size: int, seq_len: int) -> Cost:
         """FLOPs are of a row's encoder tokens and targets, divided by the row's tokens. There is no state: it does not decode."""
-        shape, encoder_shape = config.shape(vocab_size, seq_len), config.encoder_shape(vocab_size, seq_len)
-        common = {"channel": config.channel, "norm": config.norm, "residual": config.residual}
-        of_target, of_read = LanguageModel.ends_cost(config, shape), Cost()
-        if config.residual != "post_norm":
-            of_read += Cost(parameters=NORMS.of(config.norm).n_parameters(config.norm, shape.d_model))
+        shape, encoder_shape = config.decoder_shape(vocab_size, seq_len), config.encoder_shape(vocab_size, seq_len)
+        channel, norm, residual = config.channel, config.norm, config.residual
+        of_target, of_read = LanguageModel.ends_cost(config, config.shape(vocab_size, seq_len)), Cost()
+        if residual != "post_norm":
+            of_read += Cost(parameters=NORMS.of(norm).n_parameters(norm, shape.d_model))
         for layer in range(encoder_shape.n_layers):
-            of_read += EncoderBlock.cost(encoder_shape, layer, mixer=config.encoder, **common)
+            of_read += EncoderBlock.cost(encoder_shape, layer, mixer=config.encoder, channel=channel, norm=norm, residual=residual)
         for layer, name in enumerate(shape.layers):
-            of_query, of_key = DecoderBlock.cross_costs(
-                shape, encoder_shape.seq_len, cross=config.cross, norm=config.norm, residual=config.residual
-            )
-            of_target += DecoderBlock.cost(shape, layer, mixer=config.mixers[name], **common) + of_query
-            of_read += of_key
+            of_query, of_key = DecoderBlock.cross_costs(shape, encoder_shape.seq_len, cross=config.cross, norm=norm, residual=residual)
+            of_target += DecoderBlock.cost(shape, layer, mixer=config.mixers[name], channel=channel, norm=norm, residual=residual)
+            of_target, of_read = of_target + of_query, of_read + of_key
         flops = of_target.forward_flops_per_token * shape.seq_len + of_read.forward_flops_per_token * encoder_shape.seq_len
         return replace(of_target + of_read, forward_flops_per_token=flops / seq_len, state_bytes=0)
 
