@@ -73,8 +73,8 @@ def reference() -> T5ForConditionalGeneration:
 def counterparts(model: EncoderDecoder, t5: T5ForConditionalGeneration) -> list[tuple[Tensor, Tensor]]:
     """Parameters of both by pairs; tables of T5 as they lie here, transposed."""
     mine, its = dict(model.named_parameters()), dict(t5.named_parameters())
-    names = {"embedding.weight": "shared.weight", "final_norm.gain": "decoder.final_layer_norm.weight"}
-    names["encoder_norm.gain"] = "encoder.final_layer_norm.weight"
+    names = {"embedding.weight": "shared.weight", "final_norm.weight": "decoder.final_layer_norm.weight"}
+    names["encoder_norm.weight"] = "encoder.final_layer_norm.weight"
     for stack, n_layers in (("encoder", 2), ("decoder", 3)):
         for layer in range(n_layers):
             here, there = f"{stack}.{layer}", f"{stack}.block.{layer}.layer"
@@ -83,11 +83,11 @@ def counterparts(model: EncoderDecoder, t5: T5ForConditionalGeneration) -> list[
                 parts.append(("cross", "1.EncDecAttention", "cross_norms.0", "1"))
             for part, its_part, norm, number in parts:
                 names |= {f"{here}.{part}.w{p}.weight": f"{there}.{its_part}.{p}.weight" for p in "qkvo"}
-                names[f"{here}.{norm}.gain"] = f"{there}.{number}.layer_norm.weight"
+                names[f"{here}.{norm}.weight"] = f"{there}.{number}.layer_norm.weight"
             last = len(parts)
             names |= {f"{here}.channel.up.weight": f"{there}.{last}.DenseReluDense.wi.weight"}
             names |= {f"{here}.channel.down.weight": f"{there}.{last}.DenseReluDense.wo.weight"}
-            names[f"{here}.norms.channel_norm.gain"] = f"{there}.{last}.layer_norm.weight"
+            names[f"{here}.norms.channel_norm.weight"] = f"{there}.{last}.layer_norm.weight"
         names[f"{stack}.0.mixer.position.0.table_HS"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert names.keys() == mine.keys(), sorted(names.keys() ^ mine.keys())
     assert set(names.values()) == its.keys(), sorted(set(names.values()) ^ its.keys())
@@ -114,7 +114,7 @@ def corrupted_by_a_loop(tokens: list[int], noise: list[bool], documents: list[in
     out: dict[str, list[Any]] = {name: [] for name in ("encoder", "encoder documents", "inputs", "labels", "documents", "places")}
     n_sentinels, last_target, span_document = dict.fromkeys(documents, 0), dict.fromkeys(documents, START), None
     for place, (token, is_noise, document) in enumerate(zip(tokens, noise, documents, strict=True)):
-        targets = [(token, document)]
+        targets = [token]
         if not is_noise:
             span_document = None
             out["encoder"].append(token)
@@ -125,8 +125,8 @@ def corrupted_by_a_loop(tokens: list[int], noise: list[bool], documents: list[in
             n_sentinels[document] += 1
             out["encoder"].append(sentinel)
             out["encoder documents"].append(document)
-            targets = [(sentinel, document), *targets]
-        for target, _ in targets:
+            targets = [sentinel, token]
+        for target in targets:
             is_cut = document != span_document
             out["labels"].append(-100 if is_cut else target)
             out["inputs"].append(None if is_cut else last_target[document])
