@@ -30,11 +30,17 @@ class Cell:
         return self.difference.loss, self.difference.gradient_norm if column.by_norm else self.difference.gradient
 
     def exceeds(self, column: Column, dtype: str, *, at_least: float = 0.0) -> bool:
-        """Whether it broke, or is further from one process than the bounds of its column, or ``at_least`` in fp32."""
+        """Whether it broke, or is further from one process than the bounds of its column, or ``at_least`` in fp32.
+
+        Where gradients are compared as one vector, ``at_least`` is of them alone.
+        """
         if self.difference is None:
             return bool(self.failure)
-        bounds = (max(bound, at_least) if dtype == "float32" else bound for bound in column.bounds(dtype))
-        return any(number > bound for number, bound in zip(self.numbers(column), bounds, strict=True))
+        (loss, gradient), (loss_bound, gradient_bound) = self.numbers(column), column.bounds(dtype)
+        if dtype == "float32":
+            loss_bound = loss_bound if column.by_norm else max(loss_bound, at_least)
+            gradient_bound = max(gradient_bound, at_least)
+        return loss > loss_bound or gradient > gradient_bound
 
 
 class _References:

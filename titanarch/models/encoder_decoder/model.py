@@ -179,9 +179,13 @@ class EncoderDecoder(LanguageModel):
     def _restored(self, found: Corrupted) -> tuple[Tensor, Carry]:
         """What the head reads, [B, U, D]."""
         memory_BSD, carry = self._encoded(found.tokens_BS, found.encoder)
-        values = {MEMORY: memory_BSD, MEMORY_DOCUMENT: found.encoder.document_BT, MEMORY_POSITION: found.encoder.position_BT}
-        x_BUD, carry = self._embed(found.inputs_BU, found.decoder), Carry(values, carry.aux)
+        x_BUD, carry = self._embed(found.inputs_BU, found.decoder), Carry(self._memory(memory_BSD, found.encoder), carry.aux)
         for block in self.decoder:
             x_BUD, carry = block(x_BUD, found.decoder, carry)
         x_BUD = self.ends_dropout(self._normed(x_BUD), found.decoder)
         return x_BUD * self.shape.d_model**-0.5 if self.config.scale_head else x_BUD, carry
+
+    @staticmethod
+    def _memory(memory_BSD: Tensor, seq: SequenceInfo) -> dict[str, Tensor]:
+        """What the decoder's blocks find of the encoder in their carry."""
+        return {MEMORY: memory_BSD, MEMORY_DOCUMENT: seq.document_BT, MEMORY_POSITION: seq.position_BT}
