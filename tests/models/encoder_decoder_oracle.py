@@ -1,19 +1,19 @@
-"""T5ForConditionalGeneration beside this package's encoder-decoder, T5's noise mask, and span corruption by a loop."""
+"""Small encoder-decoders, T5's noise mask, and span corruption by a loop."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
 
+import titanarch.models.components  # noqa: F401 (registers all)
 from tests.models.materialize import materialized
 from titanarch.contract.model import MODELS
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.models.encoder_decoder.config import EncoderDecoderConfig
 from titanarch.models.encoder_decoder.model import EncoderDecoder
 
-D, H, F, V, T = 32, 4, 48, 96, 64
+D, H, D_FF, V, T = 32, 4, 48, 96, 64
 N_SENTINELS = 10
 FIRST_SENTINEL, START = V - 1 - N_SENTINELS, V - 1
 TABLE: dict[str, Any] = {
@@ -24,7 +24,7 @@ TABLE: dict[str, Any] = {
     "n_decoder_layers": 3,
     "vocab_size": V,
     "norm": {"kind": "rmsnorm", "eps": 1e-6},
-    "channel": {"kind": "mlp", "activation": "relu", "d_ff": F},
+    "channel": {"kind": "mlp", "activation": "relu", "d_ff": D_FF},
     "position": {"relative": "t5"},
     "mixers": {"attention": {"scale": 1.0}},
     "spans": {"n_sentinels": N_SENTINELS},
@@ -60,38 +60,6 @@ def rows(n_rows: int, *, lengths: tuple[int, ...] = (T,), seed: int | None = Non
         packed=len(lengths) > 1,
     )
     return tokens_BT, seq
-
-
-def reference() -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=V, d_model=D, d_kv=D // H, d_ff=F, num_layers=2, num_decoder_layers=3, num_heads=H, dropout_rate=0.0,
-        feed_forward_proj="relu", tie_word_embeddings=True, decoder_start_token_id=START,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config).double().eval()
-
-
-def counterparts(model: EncoderDecoder, t5: T5ForConditionalGeneration) -> list[tuple[Tensor, Tensor]]:
-    """Parameters of both by pairs; tables of T5 as they lie here, transposed."""
-    mine, its = dict(model.named_parameters()), dict(t5.named_parameters())
-    names = {"embedding.weight": "shared.weight", "final_norm.weight": "decoder.final_layer_norm.weight"}
-    names["encoder_norm.weight"] = "encoder.final_layer_norm.weight"
-    for stack, n_layers in (("encoder", 2), ("decoder", 3)):
-        for layer in range(n_layers):
-            here, there = f"{stack}.{layer}", f"{stack}.block.{layer}.layer"
-            parts = [("mixer", "0.SelfAttention", "norms.mixer_norm", "0")]
-            if stack == "decoder":
-                parts.append(("cross", "1.EncDecAttention", "cross_norms.0", "1"))
-            for part, its_part, norm, number in parts:
-                names |= {f"{here}.{part}.w{p}.weight": f"{there}.{its_part}.{p}.weight" for p in "qkvo"}
-                names[f"{here}.{norm}.weight"] = f"{there}.{number}.layer_norm.weight"
-            last = len(parts)
-            names |= {f"{here}.channel.up.weight": f"{there}.{last}.DenseReluDense.wi.weight"}
-            names |= {f"{here}.channel.down.weight": f"{there}.{last}.DenseReluDense.wo.weight"}
-            names[f"{here}.norms.channel_norm.weight"] = f"{there}.{last}.layer_norm.weight"
-        names[f"{stack}.0.mixer.position.0.table_HS"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    assert names.keys() == mine.keys(), sorted(names.keys() ^ mine.keys())
-    assert set(names.values()) == its.keys(), sorted(set(names.values()) ^ its.keys())
-    return [(mine[name], its[other]) for name, other in names.items()]
 
 
 def noise_mask(length: int, density: float, mean_length: float, generator: np.random.Generator) -> np.ndarray:

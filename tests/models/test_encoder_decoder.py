@@ -1,4 +1,4 @@
-"""The encoder-decoder: T5's own code, T5's noise mask, a loop over tokens, documents, layouts, and what is refused."""
+"""The encoder-decoder: T5's noise mask, a loop over tokens, documents, layouts, and what is refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -21,9 +20,7 @@ from tests.models.encoder_decoder_oracle import (
     built,
     config_of,
     corrupted_by_a_loop,
-    counterparts,
     noise_mask,
-    reference,
     rows,
 )
 from tests.models.materialize import materialized
@@ -42,34 +39,7 @@ from titanarch.parallel.config import ParallelismConfig
 from titanarch.parallel.mesh import Degrees
 
 PACKED = (3, 20, 1, 25, 15)
-
-
-def close_to(found: Tensor, expected: Tensor) -> bool:
-    """Within 1e-6 of the largest; T5's own code takes norms and softmax in fp32."""
-    return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
-
-
-def test_t5_has_the_same_logits_and_gradients() -> None:
-    model, t5 = built(), reference()
-    pairs, generator = counterparts(model, t5), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for mine, its in pairs:
-            mine.add_(torch.randn(mine.shape, generator=generator, dtype=torch.float64), alpha=0.1)
-            its.copy_(mine if mine.shape == its.shape else mine.T)
-    tokens, seq = rows(3, seed=5)
-    found = model._corrupted(tokens, seq, tokens)
-    assert found.tokens_BS.shape == (3, 57)
-    logits = t5(input_ids=found.tokens_BS, decoder_input_ids=found.inputs_BU).logits
-    assert close_to(model.logits(tokens, seq), logits)
-    expected = F.cross_entropy(logits.flatten(0, 1), found.labels_BU.flatten(), reduction="sum")
-    objective = model(tokens, seq, tokens)
-    assert (int(objective.n_targets), model.count_targets(tokens, seq)) == (39, 39)
-    assert close_to(objective.total, expected)
-    found_gradients = torch.autograd.grad(objective.total, [mine for mine, _ in pairs])
-    its_gradients = torch.autograd.grad(expected, [its for _, its in pairs])
-    for a, b in zip(found_gradients, its_gradients, strict=True):
-        assert b.abs().max() > 1e-3
-        assert close_to(a, b if a.shape == b.shape else b.T)
+ROW_WITH_SPANS_IN_BOTH = 1
 
 
 @pytest.mark.parametrize(("length", "density", "mean"), [(64, 0.15, 3.0), (256, 0.15, 3.0), (50, 0.4, 1.5), (8, 0.15, 3.0)])
@@ -88,7 +58,8 @@ def test_the_noise_mask_is_distributed_as_t5s(length: int, density: float, mean:
     bound = 5 * (0.5 / n_rows) ** 0.5
     torch.testing.assert_close(mine.double().mean(0), its.double().mean(0), rtol=0, atol=bound)
     torch.testing.assert_close(starts[0].mean(0), starts[1].mean(0), rtol=0, atol=bound)
-    assert len({tuple(row.tolist()) for row in mine}) > min(n_rows, length) / 4
+    n_masks = [len({tuple(row.tolist()) for row in mask}) for mask in (mine, its)]
+    assert n_masks[0] >= 0.9 * n_masks[1]
 
 
 @pytest.mark.parametrize("lengths", [(T,), PACKED], ids=["one document", "packed"])
@@ -122,7 +93,8 @@ def test_corruption_equals_a_loop_over_tokens(lengths: tuple[int, ...]) -> None:
 def test_spans_depend_on_seed_and_row_alone() -> None:
     model = built()
     tokens, seq = rows(4, seed=3)
-    whole, last = model._corrupted(tokens, seq, tokens), replace(seq, row_B=seq.row_B[3:])
+    whole = model._corrupted(tokens, seq, tokens)
+    last = replace(seq, row_B=seq.row_B[3:], position_BT=seq.position_BT[3:], document_BT=seq.document_BT[3:])
     assert torch.equal(model._corrupted(tokens[3:], last, tokens[3:]).tokens_BS, whole.tokens_BS[3:])
     again = model._corrupted(tokens, replace(seq, seed=4), tokens)
     assert (again.tokens_BS != whole.tokens_BS).any(1).all()
@@ -145,6 +117,8 @@ def test_a_document_depends_on_its_own_tokens_alone() -> None:
 def test_documents_of_a_row_equal_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their spans are given, since rows of other lengths draw others."""
     model, (tokens, seq) = built(), rows(1, lengths=(24, 40))
+    # A row with a span in each document, and none across both.
+    seq = replace(seq, row_B=torch.tensor([ROW_WITH_SPANS_IN_BOTH]))
     spans = draw_spans(seq, model.config.spans)
     assert not spans.cut.any()
     together = model.token_losses(tokens, seq, tokens)
@@ -248,9 +222,7 @@ def test_long_rows_take_the_blockwise_kernels() -> None:
 
 def dense(mixer: Attention, x_BUD: Tensor, y_BSD: Tensor, bias: Tensor, query_document_U: Tensor, document_S: Tensor) -> Tensor:
     """Attention of x to y inside documents, by a mask of all pairs, unscaled."""
-    q, k, v = (
-        linear(x).unflatten(-1, (H, -1)).transpose(1, 2) for linear, x in ((mixer.wq, x_BUD), (mixer.wk, y_BSD), (mixer.wv, y_BSD))
-    )
+    q, k, v = (linear(x).unflatten(-1, (H, -1)).transpose(1, 2) for linear, x in ((mixer.wq, x_BUD), (mixer.wk, y_BSD), (mixer.wv, y_BSD)))
     logits = q @ k.mT + bias.double()
     p = logits.masked_fill(query_document_U[:, None] != document_S, -torch.inf).softmax(-1).nan_to_num(0.0)
     out: Tensor = mixer.wo((p @ v).transpose(1, 2).flatten(2))
@@ -263,11 +235,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2, no loss parallelism": {
         "parallelism": {"tensor_parallel_degree": 2, "enable_sequence_parallel": False, "enable_loss_parallel": False}
     },
-    "FSDP2, AC full, compiled": {
-        "parallelism": {},
-        "activation_checkpoint": {"mode": "full"},
-        "compile_table": {"enable": True, "backend": "aot_eager"},
-    },
+    "FSDP2, AC full": {"parallelism": {}, "activation_checkpoint": {"mode": "full"}},
 }
 DROPPING = {"dropout": 0.1, "mixers": {"attention": {"scale": 1.0, "dropout": 0.1}}}
 

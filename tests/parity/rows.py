@@ -36,6 +36,13 @@ EBT_KEYS = {"optimizer.lr_multipliers.step_size": 1.0}
 
 HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {"name": "hnet", "embedding_std": 0.2}
 
+ENCODER_DECODER: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {
+    "name": "encoder_decoder",
+    "n_encoder_layers": 2,
+    "n_decoder_layers": 2,
+    "spans": {"n_sentinels": 6},
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,6 +75,8 @@ class Row:
 
 LAMBDA_BOUND = 5e-5
 """The gradient of lambda is one sum over all tokens, heads and channels, of terms that nearly cancel."""
+
+SPANS = {"packing": "spans are drawn for rows whole, and documents alone stand in longer ones, where they draw others"}
 
 DRAWS = {"packing": "draws are keyed by row and place in the row, and documents alone stand elsewhere"}
 
@@ -105,7 +114,7 @@ def attention(**options: Any) -> Table:
 
 def rows() -> list[Row]:
     """All rows, in the order of the table."""
-    return [*_positions(), *_mixers(), *_attention(), *_wiring(), *_heads_and_draws(), *_hierarchies()]
+    return [*_positions(), *_mixers(), *_attention(), *_wiring(), *_heads_and_draws(), *_hierarchies(), *_encoder_decoders()]
 
 
 def _positions() -> Iterator[Row]:
@@ -229,3 +238,12 @@ def _hierarchies() -> Iterator[Row]:
     yield Row("EBT, S1", {"start": "zeros"}, base=EBT, keys=EBT_KEYS)
     thinking = {"detach": False, "loss": "last", "random_steps": 1, "random_step_scale": 2.0, "langevin_noise": 0.1}
     yield Row("EBT, S2", {**thinking, "mixer": {"n_kv_heads": 2}}, reasons=DRAWS, base=EBT, keys=EBT_KEYS)
+
+
+def _encoder_decoders() -> Iterator[Row]:
+    t5 = {"position": {"relative": "t5"}, "mixers": {"attention": {"scale": 1.0}}, "tied_head": True, "scale_head": True}
+    yield Row("encoder-decoder, T5", {**t5, "init": {"scheme": "fan_in"}}, reasons=SPANS, base=ENCODER_DECODER)
+    dropped = {"dropout": 0.1, "channel": {"kind": "mlp", "d_ff": D_FF, "dropout": 0.1}}
+    mixers = {"attention": {"n_kv_heads": 2, "dropout": 0.1, "output_gate": True, "sinks": True}, "cross": {"position": "rotary"}}
+    v2 = {**dropped, "mixers": mixers, "position": {"relative": "rotary"}, "spans": {"n_sentinels": 6, "density": 0.3, "mean_length": 2.0}}
+    yield Row("encoder-decoder, rotary across too, grouped, dropout 0.1", v2, reasons=DRAWS, base=ENCODER_DECODER)

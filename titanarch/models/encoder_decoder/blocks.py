@@ -52,9 +52,7 @@ class DecoderBlock(Block):
         self.cross_dropout = Dropout(dropout, SITES_A_BLOCK * (layer + 1) + 3)
 
     @staticmethod
-    def cross_costs(
-        shape: ModelShape, n_keys: int, *, cross: AttentionConfig, norm: NormConfig, residual: Residual
-    ) -> tuple[Cost, Cost]:
+    def cross_costs(shape: ModelShape, n_keys: int, *, cross: AttentionConfig, norm: NormConfig, residual: Residual) -> tuple[Cost, Cost]:
         """Of what it has beside a block, a token of the decoder and a token of the encoder."""
         of_query, of_key = CrossAttention.costs(cross, shape.d_model, n_keys)
         norms = Cost(parameters=n_cross_norms(residual) * NORMS.of(norm).n_parameters(norm, shape.d_model))

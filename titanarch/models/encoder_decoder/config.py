@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,7 +31,9 @@ class EncoderDecoderConfig(LanguageModelConfig):
     n_encoder_layers: Positive = Field(description="blocks of the encoder")
     n_decoder_layers: Positive = Field(description="blocks of the decoder, each with cross-attention")
     layers: ListOf[str] = Field(
-        ("attention",), description="names of the decoder's causal mixers, first block first; the pattern repeats over its depth", min_length=1
+        ("attention",),
+        description="names of the decoder's causal mixers, first block first; the pattern repeats",
+        min_length=1,
     )
     spans: SpansConfig = Field(SpansConfig(), description="the spans that are taken out of rows and restored")
     scale_head: bool = Field(False, description="multiply what the head reads by 1 / sqrt(d_model), as T5 does with its tied head")

@@ -156,7 +156,9 @@ class EncoderDecoder(LanguageModel):
         return count_targets(labels_BT, seq, self.config.spans)
 
     def initial_state(self, n_rows: int) -> list[State]:
-        raise ConfigError("EncoderDecoder restores spans of whole rows, so it cannot decode a token at a time; use another model to generate")
+        raise ConfigError(
+            "EncoderDecoder restores spans of whole rows, so it cannot decode a token at a time; use another model to generate"
+        )
 
     def step(self, tokens_B1: Tensor, index: int, states: list[State]) -> tuple[Tensor, list[State]]:
         self.initial_state(len(tokens_B1))

@@ -38,7 +38,8 @@ class SpansConfig(Section):
     density: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="share of a row's tokens that are corrupted")
     mean_length: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(3.0, description="mean length of a span, tokens")
     n_sentinels: Annotated[int, Field(gt=0)] = Field(
-        100, description="rows of the embedding for sentinels, at most as many spans in a row; they and a start token follow the tokenizer's"
+        100,
+        description="rows of the embedding for sentinels, at least the spans of a row; they and a start token follow the tokenizer's",
     )
 
     @property
