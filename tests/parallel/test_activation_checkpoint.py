@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.activation_memory import measure
-from tests.parallel.steps import EVERYTHING, PLAIN, SEED, T, V, rows
+from tests.parallel.divided import SEED
+from tests.parallel.steps import EVERYTHING, PLAIN, T, V, rows
 from titanarch.contract.init import Init, qualified_names
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.parallel.activation_checkpoint import apply_activation_checkpoint, recomputed_blocks

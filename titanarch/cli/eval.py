@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from titanarch.checkpoint.errors import CheckpointError
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.load import load_overrides
@@ -32,7 +34,7 @@ processes:
 class Layout(Section):
     """What the command line may say of the configuration; the run has settled the rest."""
 
-    parallelism: ParallelismConfig = ParallelismConfig()
+    parallelism: ParallelismConfig = Field(default_factory=ParallelismConfig, description="how the model lies on the processes")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
