@@ -72,6 +72,8 @@ class Model(nn.Module, ABC):
     sum_over_rows: Callable[[Tensor], Tensor] = staticmethod(_of_all_rows)
     """Sums a tensor without gradient, which it may overwrite, over the processes that have other rows; parallel/ replaces it."""
 
+    _updates: list[Callable[[], None]] | None = None
+    """Of the channel mixers that have something to do after an update, found at the first."""
     output_multiplier: float = 1.0
     """Factor of what the head reads; the maximal update parametrization sets it."""
 
@@ -115,9 +117,11 @@ class Model(nn.Module, ABC):
 
     def after_update(self) -> None:
         """Called after every update of the parameters; parallel/ may add to it."""
-        for module in self.modules():
-            if isinstance(module, ChannelMixer):
-                module.after_update()
+        if self._updates is None:
+            channels = [module for module in self.modules() if isinstance(module, ChannelMixer)]
+            self._updates = [channel.after_update for channel in channels if type(channel).after_update is not ChannelMixer.after_update]
+        for update in self._updates:
+            update()
 
     def max_length(self) -> int | None:
         """Longest row the model can read, tokens, or None where any length works."""
