@@ -37,7 +37,8 @@ none; tokens/s and memory are those of plain PyTorch on a CPU ({threads} threads
 below the spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
 
 Loss: on the validation rows in nats a token, mean and sample standard deviation over seeds. Difference: from `{baseline}` on the same
-seed, mean and sample standard deviation of the pairs. FLOPs: forward, a token, in millions. Memory: largest of the process, the
+seed, mean and sample standard deviation of the pairs. Parameters are without embedding and head; active are those
+that a token meets. FLOPs: forward, a token, in millions. Memory: largest of the process, the
 interpreter included.
 
 {table}
@@ -91,8 +92,8 @@ def table(runs: Sequence[Run]) -> str:
     for each in runs:
         by_name.setdefault(each.name, []).append(each)
     lines = [
-        "| file | seeds | loss | difference | tokens/s | memory, GiB | parameters, M | FLOPs, M |",
-        "|---|---|---|---|---|---|---|---|",
+        "| file | seeds | loss | difference | tokens/s | memory, GiB | parameters, M | active, M | FLOPs, M |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, its in sorted(by_name.items(), key=lambda item: statistics.mean(run.loss for run in item[1])):
         pairs = [run.loss - base[run.seed] for run in its if run.seed in base]
@@ -105,6 +106,7 @@ def table(runs: Sequence[Run]) -> str:
             f"{statistics.median(run.result['tokens_per_second'] for run in its):,.0f}",
             f"{max(run.result['peak_memory_gib'] for run in its):.1f}",
             f"{result['non_embedding_parameters'] / 1e6:.2f}",
+            f"{(result['non_embedding_parameters'] + result['active_parameters'] - result['parameters']) / 1e6:.2f}",
             f"{result['forward_flops_per_token'] / 1e6:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -9,11 +9,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every fo
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # the tests are never part of somebody's process group
 
+from multiprocessing import forkserver
+
 import pytest
 import torch
 
+from titanarch.testing.processes import context
+
 LONGEST_FIRST = ("test_nodes.py", "test_launcher.py", "test_run.py", "test_layouts.py", "test_resharding.py", "test_launchers.py")
 """Files of minutes: begun first, so that two workers end together."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the server that forks the ranks of tests, before a test starts a lighter one for data workers. It makes itself ready aside."""
+    runs_tests = hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None)
+    if runs_tests and not session.config.option.collectonly:
+        context()
+        forkserver.ensure_running()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

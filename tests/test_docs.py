@@ -1,18 +1,15 @@
 """What the pages in docs/ say is true: the generated page, the paths, keys and TOML they name, and the example mixer."""
 
-import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.models.materialize import materialized
+from tests.user_code import REPOSITORY, losses_of_three_steps, python
 from titanarch.cli.new import written
 from titanarch.config.errors import ConfigError
 from titanarch.config.load import load_config
@@ -24,7 +21,6 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.train.check import meta_model
 from titanarch.train.run_config import RunConfig
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 GENERATED = DOCS / "configuration.md"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path != GENERATED)
@@ -34,12 +30,6 @@ EXAMPLE = "adding_a_mixer.md"
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a language in a page."""
     return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def python(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """The interpreter of the tests on this repository, run in ``folder``."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_pages_are_there() -> None:
@@ -134,10 +124,8 @@ def check_model(folder: Path) -> None:
     assert isinstance(model, Model)
     assert MODELS.of(config.model).cost(config.model, 50, 16).parameters == sum(p.numel() for p in model.parameters())
     tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
-    place = torch.arange(16)
-    position, document = torch.where(place < 7, place, place - 7).expand(2, 16), (place >= 7).long().expand(2, 16)
     with torch.no_grad():
-        packed = model.logits(tokens, SequenceInfo(position, document, place, torch.arange(2), length=16, seed=None))
+        packed = model.logits(tokens, SequenceInfo.of_lengths([(7, 9)] * 2))
         whole = model.logits(tokens, SequenceInfo.whole(2, 16))
         alone = model.logits(tokens[:, 7:], SequenceInfo.whole(2, 9))
         torch.testing.assert_close(packed, torch.cat([whole[:, :7], alone], 1).to(packed.dtype), rtol=1e-9, atol=1e-9)
@@ -170,28 +158,7 @@ def test_a_model_of_the_example(importable: Path) -> None:
 
 
 def test_the_example_trains(example: Path) -> None:
-    options: dict[str, Any] = {
-        "job.dump_folder": example / "run",
-        "model.n_layers": 3,
-        "data.limit_documents": 2,
-        "data.cache_dir": example / "cache",
-        "training.seq_len": 32,
-        "training.global_batch_size": 4,
-        "training.steps": 3,
-        "lr_scheduler.warmup_steps": 1,
-        "checkpoint.enable": "false",
-        "metrics.log_freq": 1,
-        "metrics.sinks": '["jsonl"]',
-        "validation.enable": "false",
-        "evaluation.lengths": "[32]",
-        "evaluation.max_tokens": 256,
-    }
-    arguments = [f"--{key}={value}" for key, value in options.items()]
-    trained = python("-m", "titanarch", "train", "--config", "moving_average.toml", *arguments, folder=example)
-    assert trained.returncode == 0, trained.stderr
-    rows = [json.loads(line) for line in (example / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 3
+    losses = losses_of_three_steps(example, "moving_average", evaluation__lengths="[32]", evaluation__max_tokens="256")
     assert losses[0] == pytest.approx(9.01 + 0.08, abs=0.1), "ln 8,192 and half the variance of the logits, 384 x 0.02^2"
     assert losses[2] < losses[0]
 

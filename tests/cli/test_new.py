@@ -1,16 +1,11 @@
 """``titanarch new``: what it writes works as it is."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.user_code import losses_of_three_steps, python
 from titanarch.cli.main import main
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +15,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["new", "mixer", "my_average", "--folder", str(folder)]) == 0
     assert main(["new", "channel", "my_units", "--folder", str(folder)]) == 0
     return folder
-
-
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a user runs it, with the folder on PYTHONPATH."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_files(folder: Path) -> None:
@@ -39,35 +28,14 @@ def test_the_files(folder: Path) -> None:
 
 def test_its_tests_pass(folder: Path) -> None:
     """All checks on one process and on two, of both, in one start."""
-    ran = python(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_average.py", "test_my_units.py")
+    ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_average.py", "test_my_units.py", folder=folder)
     assert ran.returncode == 0, ran.stdout
     assert "32 passed" in ran.stdout, ran.stdout  # 14 checks, processes and the formula, twice
 
 
 def test_it_trains(folder: Path) -> None:
     """The channel mixer; tests/test_docs.py trains the mixer."""
-    name = "my_units"
-    options = {
-        "job.dump_folder": f"run_{name}",
-        "model.n_layers": 3,
-        "data.limit_documents": 2,
-        "data.cache_dir": "cache",
-        "training.seq_len": 32,
-        "training.global_batch_size": 4,
-        "training.steps": 3,
-        "lr_scheduler.warmup_steps": 1,
-        "checkpoint.enable": "false",
-        "metrics.log_freq": 1,
-        "metrics.sinks": '["jsonl"]',
-        "validation.enable": "false",
-        "evaluation.enable": "false",
-    }
-    arguments = [f"--{key}={value}" for key, value in options.items()]
-    trained = python(folder, "-m", "titanarch", "train", "--config", f"{name}.toml", *arguments)
-    assert trained.returncode == 0, trained.stderr
-    rows = [json.loads(line) for line in (folder / f"run_{name}" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 3
+    losses = losses_of_three_steps(folder, "my_units", evaluation__enable="false")
     assert losses[0] == pytest.approx(9.01 + 0.08, abs=0.1), "ln 8,192 and half the variance of the logits, 384 x 0.02^2"
     assert losses[2] < losses[0]
 

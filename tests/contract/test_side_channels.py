@@ -70,8 +70,8 @@ def test_pytorch_scheme_draws_as_nn_linear_does() -> None:
 
 
 def test_previous_stops_at_document_starts() -> None:
-    position = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    seq = SequenceInfo(position, (position == 0).long().cumsum(1), torch.arange(6), torch.tensor([0]), length=6, seed=None)
+    seq = SequenceInfo.of_lengths([(3, 2, 1)])
+    assert seq.position_BT.tolist() == [[0, 1, 2, 0, 1, 0]]
     x = torch.arange(1.0, 7.0).view(1, 6, 1)
     assert seq.previous(x, 1).flatten().tolist() == [0, 1, 2, 0, 4, 0]
     assert seq.previous(x, 2).flatten().tolist() == [0, 0, 1, 0, 0, 0]

@@ -48,18 +48,8 @@ def built(**keys: Any) -> EncoderDecoder:
 def rows(n_rows: int, *, lengths: tuple[int, ...] = (T,), seed: int | None = None) -> tuple[Tensor, SequenceInfo]:
     """Tokens and their sequences; every row has documents of these lengths."""
     tokens_BT = torch.randint(FIRST_SENTINEL, (n_rows, T), generator=torch.Generator().manual_seed(1))
-    document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    position_T = torch.cat([torch.arange(length) for length in lengths])
-    seq = SequenceInfo(
-        position_BT=position_T.expand(n_rows, T),
-        document_BT=document_T.expand(n_rows, T),
-        index_T=torch.arange(T),
-        row_B=torch.arange(n_rows),
-        length=T,
-        seed=seed,
-        packed=len(lengths) > 1,
-    )
-    return tokens_BT, seq
+    whole = len(lengths) == 1
+    return tokens_BT, SequenceInfo.whole(n_rows, T, seed=seed) if whole else SequenceInfo.of_lengths([lengths] * n_rows, seed=seed)
 
 
 def noise_mask(length: int, density: float, mean_length: float, generator: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Small H-Nets, and their equations as loops over documents and tokens. Not a test by itself."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,12 +58,7 @@ def tokens(n_rows: int = 1) -> Tensor:
 
 def packed() -> SequenceInfo:
     """A row of three documents."""
-    return replace(
-        SequenceInfo.whole(1, T),
-        position_BT=torch.cat([torch.arange(n) for n in LENGTHS])[None],
-        document_BT=torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None],
-        packed=True,
-    )
+    return SequenceInfo.of_lengths([LENGTHS])
 
 
 class Oracle:

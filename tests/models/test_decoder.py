@@ -118,14 +118,7 @@ def test_no_token_sees_a_later_one(name: str) -> None:
 def test_packed_documents_equal_separate_ones(name: str) -> None:
     model, x = decoder(VARIANTS[name]), tokens(1)
     lengths = (9, 1, 14)
-    packed = SequenceInfo(
-        position_BT=torch.cat([torch.arange(n) for n in lengths])[None],
-        document_BT=torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
-        index_T=torch.arange(T),
-        row_B=torch.zeros(1, dtype=torch.int64),
-        length=T,
-        seed=None,
-    )
+    packed = SequenceInfo.of_lengths([lengths])
     with torch.no_grad():
         together = model.logits(x, packed)
         apart = [model.logits(part, SequenceInfo.whole(1, part.shape[1])) for part in x.split(lengths, dim=1)]

@@ -16,6 +16,7 @@ from tests.models.materialize import materialized, shape
 from titanarch.config.errors import ConfigError
 from titanarch.contract.channel import CHANNELS
 from titanarch.contract.mixer import MIXERS, SequenceMixer
+from titanarch.contract.roles import VECTOR, roles_of
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.side_channels import Carry
 from titanarch.models.decoder import Decoder, DecoderConfig
@@ -182,6 +183,18 @@ def test_rwkv7_equals_its_equations_token_by_token(layer: int) -> None:
     assert_layers_agree(mixer, TimeMixByToken(by_token, v_first), p)
 
 
+def test_rwkv7_decays_may_have_a_learning_rate_of_their_own() -> None:
+    """Of all parameters only w_0; it still takes no weight decay."""
+    mixers = [
+        MIXERS["rwkv7"](MIXERS["rwkv7"].Config(n_heads=H, **options), shape(D, T, ("rwkv7",)), 0)
+        for options in ({}, {"decay_lr_group": "slow"})
+    ]
+    usual, own = (roles_of(mixer) for mixer in mixers)
+    assert {name for name in own if own[name] != usual[name]} == {"head.w0_HK"}
+    assert own["head.w0_HK"] == VECTOR.with_lr_group("slow")
+    assert {role.lr_group for role in usual.values()} == {"default"}
+
+
 def test_rwkv7_passes_the_first_layers_values_on() -> None:
     first = drawn("rwkv7")
     _, carry = first(inputs(), SequenceInfo.whole(B, T), Carry.empty())
@@ -223,8 +236,7 @@ def test_documents_of_a_row_do_not_mix(name: str) -> None:
     model = model_of(name)
     tokens = torch.randint(61, (1, T), generator=torch.Generator().manual_seed(2))
     cut = 9
-    position = torch.cat([torch.arange(cut), torch.arange(T - cut)])[None]
-    packed = SequenceInfo(position, (torch.arange(T) >= cut).long()[None], torch.arange(T), torch.zeros(1), length=T, seed=None)
+    packed = SequenceInfo.of_lengths([(cut, T - cut)])
     with torch.no_grad():
         found = model.logits(tokens, packed)
         alone = [model.logits(part, SequenceInfo.whole(1, part.shape[1])) for part in (tokens[:, :cut], tokens[:, cut:])]

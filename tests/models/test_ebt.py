@@ -62,15 +62,7 @@ def batch(n_rows: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def packed(lengths: tuple[int, ...], *, n_rows: int = 1, seed: int | None = None) -> SequenceInfo:
-    length = sum(lengths)
-    return SequenceInfo(
-        position_BT=torch.cat([torch.arange(n) for n in lengths]).expand(n_rows, length),
-        document_BT=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(n_rows, length),
-        index_T=torch.arange(length),
-        row_B=torch.arange(n_rows) + 5,
-        length=length,
-        seed=seed,
-    )
+    return SequenceInfo.of_lengths([lengths] * n_rows, seed=seed, first_row=5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -105,9 +105,7 @@ def test_weights_of_an_external_module_are_its_own_draws_keyed_by_name() -> None
 
 def test_packed_rows_are_refused_unless_allowed() -> None:
     x = torch.randint(32, (1, 8))
-    packed = SequenceInfo(
-        torch.arange(8)[None] % 4, torch.arange(8)[None] // 4, torch.arange(8), torch.zeros(1).long(), length=8, seed=None
-    )
+    packed = SequenceInfo.of_lengths([(4, 4)])
     with pytest.raises(ConfigError, match="mix_documents = true"):
         decoder(EXTERNAL).logits(x, packed)
     assert decoder({**EXTERNAL, "mix_documents": True}).logits(x, packed).shape == (1, 8, 32)

@@ -74,14 +74,7 @@ def test_packed_outputs_and_gradients_are_the_equations(kind: str, formula: Call
     generator = torch.Generator().manual_seed(3)
     x, weights = (torch.randn(1, T, D, generator=generator, dtype=torch.float64) for _ in range(2))
     x.requires_grad_()
-    packed = SequenceInfo(
-        position_BT=torch.cat([torch.arange(n) for n in lengths])[None],
-        document_BT=torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
-        index_T=torch.arange(T),
-        row_B=torch.zeros(1, dtype=torch.int64),
-        length=T,
-        seed=None,
-    )
+    packed = SequenceInfo.of_lengths([lengths])
     y, _ = mixer(x, packed, Carry.empty())
     expected = torch.cat([formula(mixer, part) for part in x[0].split(lengths)])[None]
     leaves = [x, *mixer.parameters()]

@@ -51,7 +51,7 @@ def by_their_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_outputs_and_gradients_equal_transformers(options: dict[str, Any]) -> None:
-    """In fp64, with every parameter random, D and the norm's gain too; theirs pads to chunks of its own."""
+    """With every parameter random, D and the norm's gain too. Ours is of fp64; theirs computes in fp32 inside, which sets the bound."""
     ours = mamba(**options).double()
     for parameter in ours.head.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -77,12 +77,12 @@ def test_outputs_and_gradients_equal_transformers(options: dict[str, Any]) -> No
     x.requires_grad_()
     y, _ = ours(x, SequenceInfo.whole(2, T), Carry.empty())
     expected = theirs(x)
-    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
     mine = dict(zip(["x", *dict(ours.named_parameters())], torch.autograd.grad((y * weights).sum(), [x, *ours.parameters()]), strict=True))
     names = ["x", *dict(theirs.named_parameters())]
     found = {"x": mine.pop("x"), **by_their_names(mine)}
     for name, grad in zip(names, torch.autograd.grad((expected * weights).sum(), [x, *theirs.parameters()]), strict=True):
-        assert (found[name] - grad).abs().max() <= 1e-6 * grad.abs().max(), name
+        assert (found[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
 
 
 def test_initial_weights_are_those_of_the_paper() -> None:

@@ -49,15 +49,13 @@ def test_outputs_and_gradients_are_the_formula_on_packed_rows(table: dict[str, o
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, T, D, generator=generator, dtype=torch.float64).requires_grad_()
     w = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
-    position = torch.cat([torch.arange(4), torch.arange(5)]).expand(B, T)
-    document = (torch.arange(T) >= 4).long().expand(B, T)
-    seq = SequenceInfo(position, document, torch.arange(T), torch.arange(B), length=T, seed=None)
+    seq = SequenceInfo.of_lengths([(4, 5)] * B)
     leaves = [x, *module.parameters()]
     out, _ = module.run(x, seq, Carry.empty())
     v = x @ module.value_in.weight.T
     if module.config.form == "up_down":
         v = v @ module.value_up.weight.T
-    expected = softmax_attention(module, x, v.clamp(min=0) @ module.wv.weight.T, document, position)
+    expected = softmax_attention(module, x, v.clamp(min=0) @ module.wv.weight.T, seq.document_BT, seq.position_BT)
     grads = [torch.autograd.grad((y * w).sum(), leaves) for y in (out, expected)]
     assert (out - expected).abs().max() / expected.abs().max() < 1e-6
     for found, wanted in zip(*grads, strict=True):

@@ -77,12 +77,11 @@ def rows(step: int) -> tuple[Tensor, SequenceInfo, Tensor]:
     """The rows of a step, of one document each in even steps, of two in odd ones."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(V, (ROWS, T + 1), generator=generator)
-    is_packed = step % 2 == 1
-    starts = torch.randint(2, T - 2, (ROWS,), generator=generator).tolist() if is_packed else [T] * ROWS
-    position = torch.stack([torch.cat([torch.arange(n), torch.arange(T - n)]) for n in starts])
-    document = torch.stack([(torch.arange(T) >= n).long() for n in starts])
-    first = torch.arange(ROWS) + ROWS * step
-    return tokens[:, :-1], SequenceInfo(position, document, torch.arange(T), first, length=T, seed=0, packed=is_packed), tokens[:, 1:]
+    seq = SequenceInfo.whole(ROWS, T, seed=0, first_row=ROWS * step)
+    if step % 2 == 1:
+        starts = torch.randint(2, T - 2, (ROWS,), generator=generator).tolist()
+        seq = SequenceInfo.of_lengths([(start, T - start) for start in starts], seed=0, first_row=ROWS * step)
+    return tokens[:, :-1], seq, tokens[:, 1:]
 
 
 def take_steps(case: Case) -> Outcome:

@@ -16,10 +16,7 @@ SHIFTS = (0, 1, 2, 3, 4, 6, 7, 13, 23, 24, 30)
 
 def rows() -> SequenceInfo:
     """Row 0: documents of 1, 10, 13 tokens; row 1: of 17, 2, 5. Some lie over several parts, some inside one."""
-    lengths = torch.tensor([[1, 10, 13], [17, 2, 5]])
-    document = torch.stack([torch.arange(3).repeat_interleave(n) for n in lengths])
-    starts = torch.stack([(n.cumsum(0) - n).repeat_interleave(n) for n in lengths])
-    return SequenceInfo(torch.arange(T) - starts, document, torch.arange(T), torch.tensor([0, 1]), length=T, seed=0)
+    return SequenceInfo.of_lengths(((1, 10, 13), (17, 2, 5)), seed=0)
 
 
 def draw(seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Whole models under tensor and context parallelism: the losses and gradients of one process."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,16 +79,14 @@ def rows(vocab_size: int) -> tuple[Tensor, SequenceInfo, Tensor]:
     starts = (5, 8, 11, 16)
     for row, start in enumerate(starts):
         labels[row, start - 1] = -100
-    position = torch.stack([torch.cat([torch.arange(n), torch.arange(T - n)]) for n in starts])
-    document = torch.stack([(torch.arange(T) >= n).long() for n in starts])
-    seq = SequenceInfo(position, document, torch.arange(T), torch.arange(4) + 7, length=T, seed=0, packed=True)
+    seq = SequenceInfo.of_lengths([(start, T - start) for start in starts], seed=0, first_row=7)
     return tokens[:, :-1], seq, labels
 
 
 def rows_of(rank: int, degree: int, whole: tuple[Tensor, SequenceInfo, Tensor]) -> tuple[Tensor, SequenceInfo, Tensor]:
     tokens, seq, labels = whole
     part = slice(rank * 4 // degree, (rank + 1) * 4 // degree)
-    own = SequenceInfo(seq.position_BT[part], seq.document_BT[part], seq.index_T, seq.row_B[part], length=T, seed=0, packed=True)
+    own = replace(seq, position_BT=seq.position_BT[part], document_BT=seq.document_BT[part], row_B=seq.row_B[part])
     return tokens[part], own, labels[part]
 
 

@@ -110,9 +110,7 @@ def build(name: str) -> SequenceMixer:
 
 def packed_rows() -> SequenceInfo:
     """Row 0 is documents of 5 and 11 tokens, row 1 of 8 and 8: one begins inside a part, one with a part."""
-    position = torch.stack([torch.cat([torch.arange(n), torch.arange(T - n)]) for n in (5, 8)])
-    document = torch.stack([(torch.arange(T) >= n).long() for n in (5, 8)])
-    return SequenceInfo(position, document, torch.arange(T), torch.tensor([3, 4]), length=T, seed=0, packed=True)
+    return SequenceInfo.of_lengths([(n, T - n) for n in (5, 8)], seed=0, first_row=3)
 
 
 def outcome(mixer: SequenceMixer, x: torch.Tensor, seq: SequenceInfo, weights: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -40,10 +40,7 @@ def rows(*, packed: bool) -> SequenceInfo:
     """Documents from 1 to 300 tokens, or a row each."""
     if not packed:
         return SequenceInfo.whole(B, T, seed=0)
-    lengths = torch.tensor([[1, 300, 64, 128, 19], [63, 65, 200, 100, 84]])
-    document = torch.stack([torch.arange(5).repeat_interleave(n) for n in lengths])
-    starts = torch.stack([(n.cumsum(0) - n).repeat_interleave(n) for n in lengths])
-    return SequenceInfo(torch.arange(T) - starts, document, torch.arange(T), torch.tensor([3, 4]), length=T, seed=0)
+    return SequenceInfo.of_lengths(((1, 300, 64, 128, 19), (63, 65, 200, 100, 84)), seed=0, first_row=3)
 
 
 def draw(*shape: int) -> Tensor:

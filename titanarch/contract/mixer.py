@@ -51,6 +51,9 @@ class Transition(NamedTuple):
 class MixerConfig(ComponentConfig):
     """The table of one mixer, [model.mixers.NAME]."""
 
+    def check_sizes(self, d_model: int) -> None:
+        """A ValueError where the sizes do not fit a model of this width."""
+
 
 class Mix(Protocol):
     """The mix step as parallel/ may wrap it."""

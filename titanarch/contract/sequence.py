@@ -4,7 +4,7 @@ Shapes: B rows, T tokens on this process, N tokens of a whole row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,6 +70,11 @@ class SequenceInfo:
     halo: Halo = field(default_factory=LocalHalo)
     undivided: "SequenceInfo | None" = None
 
+    @property
+    def starts_BT(self) -> Tensor | None:
+        """[B, T], True where a document starts; None where every row is one document, before which there is nothing to forget."""
+        return self.position_BT == 0 if self.packed else None
+
     def previous(self, x: Tensor, n: int) -> Tensor:
         """The tokens ``n`` earlier in the same document, [B, T, ...] like ``x``; zero where the document has none."""
         if n == 0:
@@ -82,6 +87,27 @@ class SequenceInfo:
         """Some of the tokens here: ``pick(x, dim)`` takes theirs along the dimension of ``x`` that counts tokens."""
         position_BT, document_BT = pick(self.position_BT, 1), pick(self.document_BT, 1)
         return replace(self, position_BT=position_BT, document_BT=document_BT, index_T=pick(self.index_T, 0), cu_seqlens=None)
+
+    def of_documents(self, document_BU: Tensor, *, packed: bool, seed_step: int) -> "SequenceInfo":
+        """Other tokens of these rows, whole on this process: ``document_BU`` numbers their documents, [B, U], each in one piece.
+
+        They count their positions anew, and draw with another seed, ``seed_step`` after the one here.
+        """
+        index_U = torch.arange(document_BU.shape[1], device=document_BU.device)
+        begins_BU = torch.cat([torch.ones_like(document_BU[:, :1], dtype=torch.bool), document_BU[:, 1:] != document_BU[:, :-1]], dim=1)
+        return replace(
+            self,
+            position_BT=index_U - torch.where(begins_BU, index_U, 0).cummax(1).values,
+            document_BT=document_BU,
+            index_T=index_U,
+            length=len(index_U),
+            seed=None if self.seed is None else (self.seed + seed_step) % 2**63,
+            packed=packed,
+            contiguous=True,
+            cu_seqlens=None,
+            halo=LocalHalo(),
+            undivided=None,
+        )
 
     @staticmethod
     def whole(
@@ -98,6 +124,15 @@ class SequenceInfo:
             seed=seed,
             packed=False,
         )
+
+    @staticmethod
+    def of_lengths(
+        lengths: Sequence[Sequence[int]], *, seed: int | None = None, first_row: int = 0, device: torch.device | str = "cpu"
+    ) -> "SequenceInfo":
+        """Packed rows, whole on this process: the lengths of the documents of each row, whose sums are the same."""
+        document_BT = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).to(device)
+        rows = SequenceInfo.whole(len(lengths), document_BT.shape[1], seed=seed, first_row=first_row, device=device)
+        return rows.of_documents(document_BT, packed=True, seed_step=0)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from titanarch.contract.side_channels import Carry
 from titanarch.models.block import Block
 from titanarch.models.decoder_config import DecoderConfig
 from titanarch.models.flavors import FLAVORS
-from titanarch.models.language_model import LanguageModel
+from titanarch.models.language_model import CausalLanguageModel
 
 
 @model("decoder")
-class Decoder(LanguageModel):
+class Decoder(CausalLanguageModel):
     """Token embedding (+ absolute position), blocks, final norm (but in post_norm), head."""
 
     Config = DecoderConfig
@@ -52,7 +52,7 @@ class Decoder(LanguageModel):
     @staticmethod
     def cost(config: DecoderConfig, vocab_size: int, seq_len: int) -> Cost:
         shape = config.shape(vocab_size, seq_len)
-        cost = LanguageModel.ends_cost(config, shape)
+        cost = CausalLanguageModel.ends_cost(config, shape)
         for layer, name in enumerate(shape.layers):
             mixer, channel = config.mixers[name], config.channel_of(layer)
             cost += Block.cost(shape, layer, mixer=mixer, channel=channel, norm=config.norm, residual=config.residual)

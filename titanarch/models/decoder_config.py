@@ -10,7 +10,7 @@ from titanarch.contract.channel import CHANNELS, ChannelConfig
 from titanarch.contract.shape import ModelShape
 from titanarch.models.flavors import FLAVORS, WHOLE, complete
 from titanarch.models.language_config import LanguageModelConfig
-from titanarch.models.mixers.softmax import Positive, SoftmaxConfig
+from titanarch.models.mixers.softmax import Positive
 
 
 class DecoderConfig(LanguageModelConfig):
@@ -43,8 +43,7 @@ class DecoderConfig(LanguageModelConfig):
         if WHOLE in self.channels:
             raise ValueError(f"channels: '{WHOLE}' names [model.channel] in channel_layers; call this table something else")
         for mixer in self.mixers.values():
-            if isinstance(mixer, SoftmaxConfig):
-                mixer.check_sizes(self.d_model)
+            mixer.check_sizes(self.d_model)
         return self
 
     @model_validator(mode="before")

@@ -39,7 +39,7 @@ class Head(Linear):
 
 
 class LanguageModel(Model):
-    """Token embedding (+ absolute position), a body, final norm (but in post_norm), head. Subclasses write the body."""
+    """Token embedding (+ absolute position), a body, final norm (but in post_norm), head. Subclasses write body and predictions."""
 
     config: LanguageModelConfig
 
@@ -67,12 +67,8 @@ class LanguageModel(Model):
     def reset_body(self, init: Init) -> None:
         """Fill the body's parameters."""
 
-    @abstractmethod
-    def body(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Carry]:
-        """From the embedded tokens to what the final norm reads, [B, T, D] both."""
-
     def auxiliary(self, carry: Carry) -> Mapping[str, Aux]:
-        """The auxiliary terms of an objective from what ``body`` left."""
+        """The auxiliary terms of an objective from what the body left."""
         return carry.aux
 
     @staticmethod
@@ -103,15 +99,8 @@ class LanguageModel(Model):
         """By the scheme."""
         init.embedding(self.embedding)
 
-    def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
-        x_BTD, carry = self._hidden(tokens_BT, seq)
-        return self._objective(x_BTD, carry, labels_BT, z_weight)
-
-    def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
-        return self._losses(self._hidden(tokens_BT, seq)[0], labels_BT)
-
     def _objective(self, x_BTD: Tensor, carry: Carry, labels_BT: Tensor, z_weight: float) -> Objective:
-        """Of what the head reads and ``body`` left."""
+        """Of what the head reads and the body left."""
         x_BTD, labels_BT = self.vocabulary.scored(x_BTD, labels_BT)
         weight_VD, bias_V = self._head()
         loss = chunked_cross_entropy(
@@ -132,18 +121,6 @@ class LanguageModel(Model):
         cap, shard = self.config.head_soft_cap, self.vocabulary.shard
         losses_N = token_cross_entropy(x_BTD.flatten(0, 1), weight_VD, bias_V, labels_BT.flatten(), soft_cap=cap, shard=shard)
         return self.vocabulary.rejoin(losses_N.view_as(labels_BT))
-
-    def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
-        x_BTD, _ = self._hidden(tokens_BT, seq)
-        return self.vocabulary.rejoin(self._logits(x_BTD))
-
-    def block_state(self, block: Block, n_rows: int) -> State:
-        """The state of ``block`` before the first token; a ConfigError where it cannot decode."""
-        if not isinstance(block.mixer, SequenceMixer):
-            name = type(block.mixer).__qualname__
-            raise ConfigError(f"block {block.layer}: {name} is no SequenceMixer, so it cannot decode a token at a time")
-        weight = self.embedding.weight
-        return block.mixer.initial_state(n_rows, weight.dtype, weight.device)
 
     def _check_augmentation(self, seq_len: int) -> None:
         longest, available = self.config.position.start_augmentation, self.max_length()
@@ -172,10 +149,6 @@ class LanguageModel(Model):
         out: Tensor = self.dropout(self.position(x_BTD, position_BT), seq)
         return out
 
-    def _hidden(self, tokens_BT: Tensor, seq: SequenceInfo) -> tuple[Tensor, Carry]:
-        x_BTD, carry = self.body(self._embed(tokens_BT, seq), seq)
-        return self._normed(x_BTD), carry
-
     def _normed(self, x_BTD: Tensor) -> Tensor:
         """What the head reads."""
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
@@ -196,3 +169,34 @@ class LanguageModel(Model):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.head_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class CausalLanguageModel(LanguageModel):
+    """A language model whose every token is predicted from those before it, by one body. Subclasses write the body."""
+
+    @abstractmethod
+    def body(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Carry]:
+        """From the embedded tokens to what the final norm reads, [B, T, D] both."""
+
+    def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
+        x_BTD, carry = self._hidden(tokens_BT, seq)
+        return self._objective(x_BTD, carry, labels_BT, z_weight)
+
+    def token_losses(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Tensor:
+        return self._losses(self._hidden(tokens_BT, seq)[0], labels_BT)
+
+    def logits(self, tokens_BT: Tensor, seq: SequenceInfo) -> Tensor:
+        x_BTD, _ = self._hidden(tokens_BT, seq)
+        return self.vocabulary.rejoin(self._logits(x_BTD))
+
+    def block_state(self, block: Block, n_rows: int) -> State:
+        """The state of ``block`` before the first token; a ConfigError where it cannot decode."""
+        if not isinstance(block.mixer, SequenceMixer):
+            name = type(block.mixer).__qualname__
+            raise ConfigError(f"block {block.layer}: {name} is no SequenceMixer, so it cannot decode a token at a time")
+        weight = self.embedding.weight
+        return block.mixer.initial_state(n_rows, weight.dtype, weight.device)
+
+    def _hidden(self, tokens_BT: Tensor, seq: SequenceInfo) -> tuple[Tensor, Carry]:
+        x_BTD, carry = self.body(self._embed(tokens_BT, seq), seq)
+        return self._normed(x_BTD), carry

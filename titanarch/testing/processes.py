@@ -21,21 +21,15 @@ from torch._C._distributed_c10d import FileStore
 
 Result = TypeVar("Result")
 
-PRELOADED = (
-    "torch",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch.optim",
-    "torch._dynamo",
-)
+PRELOADED = ("titanarch.train.trainer", "torch._dynamo")
+"""The whole package, and what torch imports late."""
 
 
 @cache
 def context() -> ForkServerContext:
-    """How processes are started: as forks of a server that has imported torch, which takes seconds, once a session.
+    """How processes are started: as forks of a server that has imported torch and titanarch, which takes seconds, once a session.
 
-    The server has done nothing else: it has no threads, no process group, no CUDA context.
+    The server has done nothing else: it has no threads of Python, no process group, no CUDA context.
     """
     forks = get_context("forkserver")
     forks.set_forkserver_preload(list(PRELOADED))

@@ -177,10 +177,7 @@ def rows(stack: Stack) -> SequenceInfo:
     """Packed rows, or one document a row where the component refuses those."""
     if not all(component.accepts_packed_rows for component in stack.components() if isinstance(component, BaseMixer)):
         return SequenceInfo.whole(N_ROWS, N_TOKENS, seed=0, first_row=3)
-    lengths = [torch.tensor(row) for row in DOCUMENTS]
-    position = torch.stack([torch.cat([torch.arange(int(n)) for n in row]) for row in lengths])
-    document = torch.stack([torch.repeat_interleave(torch.arange(len(row)), row) for row in lengths])
-    return SequenceInfo(position, document, torch.arange(N_TOKENS), torch.arange(3, 3 + N_ROWS), length=N_TOKENS, seed=0, packed=True)
+    return SequenceInfo.of_lengths(DOCUMENTS, seed=0, first_row=3)
 
 
 def outcome(stack: nn.Module, x_BTD: Tensor, seq: SequenceInfo, weights_BTD: Tensor) -> dict[str, Tensor]:

@@ -255,6 +255,7 @@ class Trainer:
             "epochs": self._epochs(),
             "parameters": self.cost.parameters,
             "non_embedding_parameters": self.cost.non_embedding_parameters,
+            "active_parameters": self.cost.active_parameters,
             "forward_flops_per_token": self.cost.forward_flops_per_token,
             "training_flops": self.cost.training_flops_per_token * self.progress.tokens,
             "skipped_steps": self.guard.skipped + self.scaler.overflows,

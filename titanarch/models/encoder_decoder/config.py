@@ -13,7 +13,7 @@ from titanarch.models.encoder_decoder.spans import SpansConfig
 from titanarch.models.flavors import complete_mixers
 from titanarch.models.language_config import LanguageModelConfig
 from titanarch.models.mixers.attention import AttentionConfig
-from titanarch.models.mixers.softmax import Positive, SoftmaxConfig
+from titanarch.models.mixers.softmax import Positive
 
 ENCODER, CROSS = "encoder", "cross"
 """Names in [model.mixers] of what the encoder's blocks and the cross-attention are."""
@@ -60,8 +60,7 @@ class EncoderDecoderConfig(LanguageModelConfig):
         if biases:
             raise ValueError(f"mixers.cross: {biases[0]} is a bias by distance, which means nothing between encoder and decoder; remove it")
         for mixer in self.mixers.values():
-            if isinstance(mixer, SoftmaxConfig):
-                mixer.check_sizes(self.d_model)
+            mixer.check_sizes(self.d_model)
         return self
 
     @model_validator(mode="before")

@@ -129,9 +129,6 @@ class EncoderDecoder(LanguageModel):
                         std = init.width_factor(mixer.wq, "weight") / (mixer.config.scale * math.sqrt(self.shape.d_model * mixer.head_dim))
                         init.normal(mixer.wq, "weight", std)
 
-    def body(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Carry]:
-        raise NotImplementedError("EncoderDecoder has two bodies: _encoded and _restored")
-
     def forward(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor, z_weight: float = 0.0) -> Objective:
         """Its targets are the spans of the rows and their sentinels, where ``labels_BT`` scores the tokens."""
         found = self._corrupted(tokens_BT, seq, labels_BT)

@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, S tokens of the encoder, U targets of the decoder, N s
 """
 
 from bisect import bisect_right
-from dataclasses import replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from titanarch.config.section import Section
-from titanarch.contract.sequence import LocalHalo, SequenceInfo
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.ops.counter_random import uniform
 from titanarch.ops.cross_entropy import IGNORED
 
@@ -170,9 +169,9 @@ def corrupt(tokens_BT: Tensor, labels_BT: Tensor, seq: SequenceInfo, config: Spa
     shifted_BU = torch.cat([target_BU[:, :1], target_BU[:, :-1]], dim=1)
     return Corrupted(
         tokens_BS=read_BT.gather(1, kept_BS),
-        encoder=_sequence(document_BT.gather(1, kept_BS), seq, seed_step=ENCODER_SEED_STEP),
+        encoder=seq.of_documents(document_BT.gather(1, kept_BS), packed=seq.packed, seed_step=ENCODER_SEED_STEP),
         inputs_BU=torch.where(_begins(document_BU), vocab_size - 1, shifted_BU),
-        decoder=_sequence(document_BU, seq, seed_step=0),
+        decoder=seq.of_documents(document_BU, packed=seq.packed, seed_step=0),
         labels_BU=torch.where(valid_BU, target_BU, IGNORED),
         place_BU=place_BU,
         n_cut=spans.cut.sum(),
@@ -198,20 +197,3 @@ def _chosen(wanted_BT: Tensor, n: int) -> Tensor:
 def _both(place_BU: Tensor) -> tuple[Tensor, Tensor]:
     """Of places counted twice a token: the token, and whether it is its own place."""
     return place_BU // 2, place_BU % 2 == 1
-
-
-def _sequence(document_BX: Tensor, seq: SequenceInfo, *, seed_step: int) -> SequenceInfo:
-    """Tokens of these documents, with their positions in them."""
-    index_X = torch.arange(document_BX.shape[1], device=document_BX.device)
-    return replace(
-        seq,
-        position_BT=index_X - _first(_begins(document_BX)),
-        document_BT=document_BX,
-        index_T=index_X,
-        length=len(index_X),
-        seed=None if seq.seed is None else (seq.seed + seed_step) % 2**63,
-        contiguous=True,
-        cu_seqlens=None,
-        halo=LocalHalo(),
-        undivided=None,
-    )

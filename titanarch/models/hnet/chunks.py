@@ -7,13 +7,12 @@ is brought to the host.
 Shapes: B rows, T tokens, S slots, D channels of a token, E channels of a chunk.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titanarch.contract.sequence import LocalHalo, SequenceInfo
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.ops.ema_scan import ema_scan
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-4, 1 - 1e-4
@@ -61,31 +60,13 @@ def find_chunks(p_BT: Tensor, seq: SequenceInfo, real_BT: Tensor | None, slots: 
     chunk_BT = (number_BT.clamp(max=slots) - 1).clamp(min=0)
     reads_BT = document_BS.gather(1, chunk_BT) == seq.document_BT
     return Chunks(
-        seq=_sequence(document_BS, slot_S, seq),
+        seq=seq.of_documents(document_BS, packed=True, seed_step=SEED_STEP),
         token_BS=token_BS,
         real_BS=real_BS,
         begins_BT=wanted_BT & (number_BT <= slots),
         chunk_BT=chunk_BT,
         reads_BT=reads_BT,
         n_dropped_B=(number_BT[:, -1] - slots).clamp(min=0),
-    )
-
-
-def _sequence(document_BS: Tensor, slot_S: Tensor, seq: SequenceInfo) -> SequenceInfo:
-    """Chunks with their positions in their documents."""
-    starts_BS = torch.cat([torch.ones_like(document_BS[:, :1], dtype=torch.bool), document_BS[:, 1:] != document_BS[:, :-1]], dim=1)
-    first_BS = torch.where(starts_BS, slot_S, 0).cummax(1).values
-    return replace(
-        seq,
-        position_BT=slot_S - first_BS,
-        document_BT=document_BS,
-        index_T=slot_S,
-        length=len(slot_S),
-        seed=None if seq.seed is None else (seq.seed + SEED_STEP) % 2**63,
-        packed=True,
-        contiguous=True,
-        cu_seqlens=None,
-        halo=LocalHalo(),
     )
 
 

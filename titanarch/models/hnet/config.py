@@ -11,7 +11,7 @@ from titanarch.contract.shape import ModelShape
 from titanarch.models.flavors import complete_mixers
 from titanarch.models.hnet.chunks import n_slots
 from titanarch.models.language_config import LanguageModelConfig
-from titanarch.models.mixers.softmax import Positive, SoftmaxConfig
+from titanarch.models.mixers.softmax import Positive
 
 Channel = Annotated[ChannelConfig, CHANNELS]
 
@@ -83,9 +83,7 @@ class HNetConfig(LanguageModelConfig):
                 raise ValueError(f"width {inner.shape.d_model} inside {outer.shape.d_model}: widths may only grow inward")
         for level in levels:
             for name in level.shape.layers:
-                mixer = self.mixers[name]
-                if isinstance(mixer, SoftmaxConfig):
-                    mixer.check_sizes(level.shape.d_model)
+                self.mixers[name].check_sizes(level.shape.d_model)
         return self
 
     @model_validator(mode="before")

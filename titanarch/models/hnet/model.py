@@ -29,11 +29,11 @@ from titanarch.models.hnet.config import HNetConfig, Level
 from titanarch.models.hnet.decoding import HNetStates
 from titanarch.models.hnet.ratio import ratio_terms, routing_sums
 from titanarch.models.hnet.stage import Main, Stack, Stage
-from titanarch.models.language_model import LanguageModel
+from titanarch.models.language_model import CausalLanguageModel
 
 
 @model("hnet")
-class HNet(LanguageModel):
+class HNet(CausalLanguageModel):
     """Embedding, stages around a main stack, final norm (but in post_norm), head."""
 
     Config = HNetConfig
@@ -64,7 +64,7 @@ class HNet(LanguageModel):
         They are computed for every slot all the same, so a capacity far above 1 / ratio costs more than this.
         """
         built, expected = (config.levels(vocab_size, seq_len, expected=e) for e in (False, True))
-        cost = LanguageModel.ends_cost(config, built[0].shape)
+        cost = CausalLanguageModel.ends_cost(config, built[0].shape)
         for number, (level, seen) in enumerate(zip(built, expected, strict=True)):
             D, is_main = level.shape.d_model, number == len(config.stages)
             n_norms = 0 if config.residual == "post_norm" else 2 - (is_main or number == 0)

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, D model dim, H heads (of values), G key heads, K key c
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -21,23 +22,13 @@ from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams, Linear, local
-from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, Transition, mixer
-from titanarch.contract.sequence import MixSequence, SequenceInfo
+from titanarch.contract.mixer import MixerConfig, Streams, mixer
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
-from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.models.mixers.delta_rule import (
-    BACKEND,
-    FLOPS_OF_STATE,
-    KERNELS,
-    Backend,
-    MatrixStateMixer,
-    delta_transition,
-    divided_width,
-    log_uniform,
-    mix_delta_rule,
-    step_biases,
-)
+from titanarch.contract.split import Side, Split, Stream
+from titanarch.models.mixers.delta_rule import FLOPS_OF_STATE, DeltaRuleMixer, divided_width, gated_norm
+from titanarch.models.mixers.recurrent import BACKEND, FLA, Backend, log_uniform, step_biases
 from titanarch.models.short_conv import ShortConv
 
 Positive = Annotated[int, Field(gt=0)]
@@ -72,7 +63,7 @@ class GatedDeltaNetConfig(MixerConfig):
 
 
 @mixer("gated_delta_net")
-class GatedDeltaNet(MatrixStateMixer):
+class GatedDeltaNet(DeltaRuleMixer):
     """W_o (RMSNorm(y) * silu(x W_g)), the norm over each head."""
 
     Config = GatedDeltaNetConfig
@@ -80,9 +71,8 @@ class GatedDeltaNet(MatrixStateMixer):
         "Gated DeltaNet: a delta rule whose state decays",
         "arXiv:2412.06464",
         "transformers: Qwen3NextGatedDeltaNet, torch_recurrent_gated_delta_rule",
-        KERNELS,
+        FLA,
     )
-    context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
         "wq": Split.COLUMN("n_key_heads"),
         "wk": Split.COLUMN("n_key_heads"),
@@ -100,13 +90,13 @@ class GatedDeltaNet(MatrixStateMixer):
         "norm_V": Split.SHARED,
     }
     float8 = frozenset({"wq", "wk", "wv", "wg", "wo"})  # wa and wb are too narrow
-    fp32 = frozenset({"head"})
     config: GatedDeltaNetConfig
 
     def __init__(self, config: GatedDeltaNetConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)
         D, H = shape.d_model, config.n_heads
         G, self.K, self.V = config.sizes(D)
+        self.state_shape = (H, self.V, self.K)
         self.wq, self.wk, self.wv = Linear(D, G * self.K, bias=False), Linear(D, G * self.K, bias=False), Linear(D, H * self.V, bias=False)
         self.conv_q, self.conv_k, self.conv_v = (ShortConv(n, config.conv_size, bias=False) for n in (G * self.K, G * self.K, H * self.V))
         self.wa, self.wb = Linear(D, H, bias=False), Linear(D, H, bias=False)
@@ -135,7 +125,7 @@ class GatedDeltaNet(MatrixStateMixer):
         init.residual_output(self.wo, self.layer)
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             conv.reset_parameters(init)
-        init.fill(self.head, "a_log_H", lambda shape, g: log_uniform(0.01, 16.0, shape, g))
+        init.fill(self.head, "a_log_H", partial(log_uniform, 0.01, 16.0))
         init.fill(self.head, "dt_bias", step_biases)
         init.constant(self, "norm_V", 1.0)
 
@@ -147,26 +137,7 @@ class GatedDeltaNet(MatrixStateMixer):
         )
         return {"v": v, "step": self.wa(x_BTD).unsqueeze(-1), "beta": self.wb(x_BTD).unsqueeze(-1), "q": q, "k": k}, carry
 
-    @staticmethod
-    def mix(
-        config: GatedDeltaNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
-    ) -> MixResult:
-        """The delta rule: [B, T, H, V]. The state stops at documents."""
-        return mix_delta_rule(streams, head_params, seq, state, config.backend)
-
-    @staticmethod
-    def transition(config: GatedDeltaNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
-        """decay M [B, H, K, K], state [B, H, V, K]."""
-        return delta_transition(streams, head_params, seq)
-
     def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """Gated RMSNorm a head, then the output projection: [B, T, D]."""
-        wide = torch.promote_types(y_BTHV.dtype, torch.float32)
-        y = F.rms_norm(y_BTHV.to(wide), (self.V,), local(self.norm_V).to(wide), eps=EPS)
-        gate = F.silu(self.wg(x_BTD).to(wide)).unflatten(-1, (-1, self.V))
-        out: Tensor = self.wo((y * gate).to(x_BTD.dtype).flatten(2))
+        out: Tensor = self.wo(gated_norm(y_BTHV, local(self.norm_V), self.wg(x_BTD), F.silu, EPS))
         return out
-
-    def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Zeros, fp32 [B, H, V, K]."""
-        return {"recurrent": torch.zeros(n_rows, self.config.n_heads, self.V, self.K, device=device)}

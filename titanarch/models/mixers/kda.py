@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, D model dim, H heads, K channels a head, of keys and o
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,23 +21,13 @@ from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams, Linear, local
-from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, Transition, mixer
-from titanarch.contract.sequence import MixSequence, SequenceInfo
+from titanarch.contract.mixer import MixerConfig, Streams, mixer
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
-from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.models.mixers.delta_rule import (
-    BACKEND,
-    FLOPS_OF_STATE,
-    KERNELS,
-    Backend,
-    MatrixStateMixer,
-    delta_transition,
-    divided_width,
-    log_uniform,
-    mix_delta_rule,
-    step_biases,
-)
+from titanarch.contract.split import Side, Split, Stream
+from titanarch.models.mixers.delta_rule import FLOPS_OF_STATE, DeltaRuleMixer, divided_width, gated_norm
+from titanarch.models.mixers.recurrent import BACKEND, FLA, Backend, log_uniform, step_biases
 from titanarch.models.short_conv import ShortConv
 
 Positive = Annotated[int, Field(gt=0)]
@@ -60,7 +51,7 @@ class KDAConfig(MixerConfig):
 
 
 @mixer("kda")
-class KDA(MatrixStateMixer):
+class KDA(DeltaRuleMixer):
     """W_o (RMSNorm(y) * sigmoid(x W_g1 W_g2)), the norm over each head."""
 
     Config = KDAConfig
@@ -68,9 +59,8 @@ class KDA(MatrixStateMixer):
         "Kimi Delta Attention: a delta rule with a decay a key channel",
         "arXiv:2510.26692",
         "transformers: KimiLinearDeltaAttention",
-        KERNELS,
+        FLA,
     )
-    context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
         "wq": Split.COLUMN,
         "wk": Split.COLUMN,
@@ -90,13 +80,13 @@ class KDA(MatrixStateMixer):
         "norm_K": Split.SHARED,
     }
     float8 = frozenset({"wq", "wk", "wv", "wo"})  # the rest is narrow, or in an exponent
-    fp32 = frozenset({"head"})
     config: KDAConfig
 
     def __init__(self, config: KDAConfig, shape: ModelShape, layer: int) -> None:
         super().__init__(config, shape, layer)
         D, H, K = shape.d_model, config.n_heads, config.channels(shape.d_model)
         self.K, rank = K, config.rank or K
+        self.state_shape = (H, K, K)
         self.wq, self.wk, self.wv = (Linear(D, H * K, bias=False) for _ in range(3))
         self.conv_q, self.conv_k, self.conv_v = (ShortConv(H * K, config.conv_size, bias=False) for _ in range(3))
         self.wa1, self.wg1 = Linear(D, rank, bias=False), Linear(D, rank, bias=False)
@@ -125,7 +115,7 @@ class KDA(MatrixStateMixer):
         init.residual_output(self.wo, self.layer)
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             conv.reset_parameters(init)
-        init.fill(self.head, "a_log_H", lambda shape, g: log_uniform(1.0, 16.0, shape, g))
+        init.fill(self.head, "a_log_H", partial(log_uniform, 1.0, 16.0))
         init.fill(self.head, "dt_bias", step_biases)
         init.constant(self, "norm_K", 1.0)
 
@@ -138,26 +128,7 @@ class KDA(MatrixStateMixer):
         step = self.wa2(self.wa1(x_BTD)).unflatten(-1, (-1, self.K))
         return {"q": q, "k": k, "v": v, "step": step, "beta": self.wb(x_BTD).unsqueeze(-1)}, carry
 
-    @staticmethod
-    def mix(
-        config: KDAConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
-    ) -> MixResult:
-        """The delta rule: [B, T, H, K]. The state stops at documents."""
-        return mix_delta_rule(streams, head_params, seq, state, config.backend)
-
-    @staticmethod
-    def transition(config: KDAConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
-        """decay M [B, H, K, K], state [B, H, K, K]."""
-        return delta_transition(streams, head_params, seq)
-
     def merge(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         """Gated RMSNorm a head, then the output projection: [B, T, D]."""
-        wide = torch.promote_types(y_BTHK.dtype, torch.float32)
-        y = F.rms_norm(y_BTHK.to(wide), (self.K,), local(self.norm_K).to(wide), eps=EPS)
-        gate = torch.sigmoid(self.wg2(self.wg1(x_BTD)).to(wide)).unflatten(-1, (-1, self.K))
-        out: Tensor = self.wo((y * gate).to(x_BTD.dtype).flatten(2))
+        out: Tensor = self.wo(gated_norm(y_BTHK, local(self.norm_K), self.wg2(self.wg1(x_BTD)), torch.sigmoid, EPS))
         return out
-
-    def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Zeros, fp32 [B, H, K, K]."""
-        return {"recurrent": torch.zeros(n_rows, self.config.n_heads, self.K, self.K, device=device)}

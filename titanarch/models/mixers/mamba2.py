@@ -6,8 +6,8 @@ S_t = exp(dt_t a) S_{t-1} + dt_t B_t x_t^T and gives y_t = S_t^T C_t + D x_t. Th
 Shapes: B rows, T tokens, D model dim, H heads, P channels a head, G groups of heads that share B and C, N state channels, C = H P.
 """
 
-import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -20,19 +20,21 @@ from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost, mean_visible_keys
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadNorm, HeadParams, Linear, local
-from titanarch.contract.mixer import MixerConfig, MixResult, RecurrentMixer, State, Streams, Transition, mixer
+from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, Transition, mixer
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
+from titanarch.models.mixers.recurrent import BACKEND, KernelMixer, incoming, log_uniform, step_biases
 from titanarch.models.short_conv import ShortConv
 from titanarch.ops._decay_kernels import mamba_ssm_recurrence
 from titanarch.ops.decay_recurrence import decay_recurrence, decay_transition
-from titanarch.ops.recurrence_backend import chosen, why_not
+from titanarch.ops.recurrence_backend import chosen
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 DEFAULT_HEAD_DIM, FEWEST_HEADS = 64, 4
+KERNELS = ("mamba_ssm", "fla")
 
 
 class Mamba2Config(MixerConfig):
@@ -52,10 +54,7 @@ class Mamba2Config(MixerConfig):
     a_max: PositiveFloat = Field(16.0, description="fastest initial decay rate; they are drawn evenly")
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in the norm")
     chunk_size: Positive = Field(256, description="tokens computed at once, which no result depends on; on a CPU 64 is faster")
-    backend: Literal["auto", "reference", "mamba_ssm", "fla"] = Field(
-        "auto",
-        description="who computes the recurrence: plain PyTorch (reference), or on CUDA the kernels of a package; auto: as installed",
-    )
+    backend: Literal["auto", "reference", "mamba_ssm", "fla"] = Field("auto", description=BACKEND)
 
     def sized(self, d_model: int) -> "Mamba2Config":
         """With ``n_heads`` and ``head_dim`` filled in; a ConfigError where the sizes do not fit."""
@@ -93,7 +92,7 @@ class ChannelGain(nn.Module):
 
 
 @mixer("mamba2")
-class Mamba2(RecurrentMixer):
+class Mamba2(KernelMixer):
     """State space duality: see the head of this file. State and decays are of fp32, or fp64 where the streams are."""
 
     Config = Mamba2Config
@@ -101,7 +100,7 @@ class Mamba2(RecurrentMixer):
         title="Mamba-2: selective state space with one decay a head",
         paper="arXiv:2405.21060",
         reference="transformers Mamba2Mixer",
-        kernels=("mamba_ssm", "fla"),
+        kernels=KERNELS,
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
@@ -130,6 +129,7 @@ class Mamba2(RecurrentMixer):
         super().__init__(config, shape, layer)
         self.config = config.sized(shape.d_model)
         H, P, G, N, D = *_heads(self.config), config.n_groups, config.state_dim, shape.d_model
+        self.state_shape = (H, N, P)
         self.wz, self.wx, self.wdt = (Linear(D, width, bias=False) for width in (H * P, H * P, H))
         self.wb, self.wc = (Linear(D, G * N, bias=False) for _ in range(2))
         self.conv_x = ShortConv(H * P, config.conv_size, bias=config.conv_bias)
@@ -165,22 +165,10 @@ class Mamba2(RecurrentMixer):
         for conv in (self.conv_x, self.conv_b, self.conv_c):
             conv.reset_parameters(init)
         c = self.config
-
-        def a_log(shape: torch.Size, generator: torch.Generator) -> Tensor:
-            return torch.empty(shape).uniform_(c.a_min, c.a_max, generator=generator).log()
-
-        def dt_bias(shape: torch.Size, generator: torch.Generator) -> Tensor:
-            log_dt = torch.empty(shape).uniform_(math.log(c.dt_min), math.log(c.dt_max), generator=generator)
-            dt = log_dt.exp().clamp(min=c.dt_floor)
-            return dt + torch.log(-torch.expm1(-dt))
-
-        init.fill(self.head, "a_log_H", a_log)
-        init.fill(self.head, "dt_bias_H", dt_bias)
+        init.fill(self.head, "a_log_H", partial(log_uniform, c.a_min, c.a_max))
+        init.fill(self.head, "dt_bias_H", partial(step_biases, low=c.dt_min, high=c.dt_max, floor=c.dt_floor))
         init.constant(self.head, "d_H", 1.0)
         init.constant(self.gain, "gain_C", 1.0)
-
-    def why_not_on(self, device_type: str, *, compiled: bool) -> str:
-        return why_not(self.config.backend, device_type, compiled=compiled)
 
     def project(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Streams, Carry]:
         """x [B, T, H, P]; b, c [B, T, G, N]; dt [B, T, H], before its bias and softplus."""
@@ -199,19 +187,19 @@ class Mamba2(RecurrentMixer):
         """y [B, T, H, P]; the state is [B, H, N, P]."""
         x, b, c = streams["x"], streams["b"], streams["c"]
         dt_BTH, a_H = _time_steps(streams, head_params)
-        starts_BT, incoming = _starts(seq.query), None if state is None else state["recurrent"]
-        backend = chosen(config.backend, x, ("mamba_ssm", "fla"))
+        starts_BT, before = seq.query.starts_BT, incoming(state)
+        backend = chosen(config.backend, x, KERNELS)
         if backend == "mamba_ssm":
-            if incoming is None:
-                incoming = x.new_zeros(x.shape[0], x.shape[2], b.shape[3], x.shape[3], dtype=torch.float32)
+            if before is None:
+                before = x.new_zeros(x.shape[0], x.shape[2], b.shape[3], x.shape[3], dtype=torch.float32)
             y, last = mamba_ssm_recurrence(
-                x, dt_BTH, a_H, b, c, starts_BT=starts_BT, state_BHKV=incoming, chunk_size=config.chunk_size
+                x, dt_BTH, a_H, b, c, starts_BT=starts_BT, state_BHKV=before, chunk_size=config.chunk_size
             )  # fmt: skip
         else:
             entering = x * dt_BTH[..., None]
             entering = entering.to(x.dtype) if backend == "fla" else entering
             y, last = decay_recurrence(
-                c, b, entering, dt_BTH * a_H, starts_BT=starts_BT, state=incoming, chunk_size=config.chunk_size, backend=backend
+                c, b, entering, dt_BTH * a_H, starts_BT=starts_BT, state=before, chunk_size=config.chunk_size, backend=backend
             )  # fmt: skip
         y = y + head_params["d_H"][:, None] * x
         return MixResult(y.to(x.dtype), state={"recurrent": last})
@@ -221,7 +209,7 @@ class Mamba2(RecurrentMixer):
         """decay [B, H, 1, 1], state [B, H, N, P]."""
         dt_BTH, a_H = _time_steps(streams, head_params)
         entering = streams["x"] * dt_BTH[..., None]
-        return Transition(*decay_transition(streams["b"], entering, dt_BTH * a_H, starts_BT=_starts(seq.query)))
+        return Transition(*decay_transition(streams["b"], entering, dt_BTH * a_H, starts_BT=seq.query.starts_BT))
 
     def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """Gate, the norm of each group, then the output projection: [B, T, D]."""
@@ -230,11 +218,6 @@ class Mamba2(RecurrentMixer):
         gated = y_BTHV.to(dtype) * F.silu(z.to(dtype))
         out: Tensor = self.wo(self.norm(gated, self.gain(y_BTHV.shape[3])).to(y_BTHV.dtype).flatten(2))
         return out
-
-    def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Zeros, fp32 [B, H, N, P]."""
-        H, P = _heads(self.config)
-        return {"recurrent": torch.zeros(n_rows, H, self.config.state_dim, P, device=device)}
 
 
 def _heads(sized: Mamba2Config) -> tuple[int, int]:
@@ -247,8 +230,3 @@ def _heads(sized: Mamba2Config) -> tuple[int, int]:
 def _time_steps(streams: Streams, head_params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """dt [B, T, H] and a [H], at least fp32."""
     return F.softplus(streams["dt"] + head_params["dt_bias_H"]), -torch.exp(head_params["a_log_H"])
-
-
-def _starts(here: SequenceInfo) -> Tensor | None:
-    """Where documents start; rows of one document have no state before them to forget."""
-    return here.position_BT == 0 if here.packed else None

@@ -11,24 +11,19 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from titanarch.config.errors import ConfigError
 from titanarch.contract.card import Card
-from titanarch.contract.cost import Cost, linear_cost
-from titanarch.contract.init import Init
-from titanarch.contract.layers import Linear
-from titanarch.contract.mixer import MixResult, RecurrentMixer, State, Streams, Transition, mixer
+from titanarch.contract.mixer import MixResult, State, Streams, Transition, mixer
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
-from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.models.mixers.gla import LinearAttentionConfig, PositiveFloat, starts
+from titanarch.contract.split import Side, Split, Stream
+from titanarch.models.mixers.linear_attention import LinearAttention, LinearAttentionConfig, PositiveFloat, decayed_transition, mix_decayed
+from titanarch.models.mixers.recurrent import FLA
 from titanarch.models.positions.rotary import turn
-from titanarch.ops.decay_recurrence import decay_recurrence, decay_transition
-from titanarch.ops.recurrence_backend import chosen, why_not
 
 
 class RetNetConfig(LinearAttentionConfig):
@@ -40,60 +35,30 @@ class RetNetConfig(LinearAttentionConfig):
 
 
 @mixer("retnet")
-class RetNet(RecurrentMixer):
-    """See the head of this file. Decays and state are of fp32, or fp64 where the streams are."""
+class RetNet(LinearAttention):
+    """See the head of this file."""
 
     Config = RetNetConfig
     card = Card(
         title="Multi-scale retention (RetNet): linear attention with fixed decays",
         paper="arXiv:2307.08621",
         reference="the parallel form in one matrix",
-        kernels=("fla",),
+        kernels=FLA,
     )
-    context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
-    tensor_parallel = {
-        "wq": Split.COLUMN,
-        "wk": Split.COLUMN,
-        "wv": Split.COLUMN,
-        "wg": Split.COLUMN,
-        "log_decay_H": Split.PER_HEAD,
-        "wo": Split.ROW,
-    }
-    float8 = frozenset({"wq", "wk", "wv", "wg", "wo"})
+    tensor_parallel = {**LinearAttention.tensor_parallel, "log_decay_H": Split.PER_HEAD}
     config: RetNetConfig
 
     def __init__(self, config: RetNetConfig, shape: ModelShape, layer: int) -> None:
         """Raises ConfigError where the sizes do not fit."""
         super().__init__(config, shape, layer)
-        D, H = shape.d_model, config.n_heads
-        self.key_dim, self.value_dim = config.channels(D)
         if self.key_dim % 2:
             raise ConfigError(
                 f"{config.kind}: its {self.key_dim} key channels a head turn in pairs; change n_heads or expand_k so that they are even"
             )
-        keys, values = H * self.key_dim, H * self.value_dim
-        self.wq, self.wk, self.wv, self.wg = (Linear(D, width, bias=False) for width in (keys, keys, values, values))
-        self.wo = Linear(values, D, bias=False)
 
     @staticmethod
     def streams(config: RetNetConfig, shape: ModelShape) -> Mapping[str, Stream]:
         return dict.fromkeys(("q", "k", "v"), Stream(Side.QUERY, config.n_heads))
-
-    @staticmethod
-    def cost(config: RetNetConfig, shape: ModelShape, layer: int) -> Cost:
-        D, H = shape.d_model, config.n_heads
-        K, V = config.channels(D)
-        widths = [(D, H * K), (D, H * K), (D, H * V), (D, H * V), (H * V, D)]
-        return sum((linear_cost(d_in, d_out) for d_in, d_out in widths), config.recurrence_cost(shape))
-
-    def reset_parameters(self, init: Init) -> None:
-        """Linears by the scheme, wo as residual output."""
-        for linear in (self.wq, self.wk, self.wv, self.wg):
-            init.linear(linear)
-        init.residual_output(self.wo, self.layer)
-
-    def why_not_on(self, device_type: str, *, compiled: bool) -> str:
-        return why_not(self.config.backend, device_type, compiled=compiled)
 
     def project(self, x_BTD: Tensor, seq: SequenceInfo, carry: Carry) -> tuple[Streams, Carry]:
         """q, k [B, T, H, K], turned; v [B, T, H, V]."""
@@ -114,31 +79,18 @@ class RetNet(RecurrentMixer):
         config: RetNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence, state: State | None = None
     ) -> MixResult:
         """y [B, T, H, V]; the state is [B, H, K, V]."""
-        q, v = streams["q"], streams["v"]
-        y, last = decay_recurrence(
-            q * q.shape[-1] ** -0.5,
-            streams["k"],
-            v,
-            head_params["log_decay_H"].expand(v.shape[:3]),
-            starts_BT=starts(seq.query),
-            state=None if state is None else state["recurrent"],
-            chunk_size=config.chunk_size,
-            backend=chosen(config.backend, v, ("fla",)),
-        )
-        return MixResult(y.to(v.dtype), state={"recurrent": last})
+        return mix_decayed(config, streams, _log_decay(streams, head_params), seq, state)
 
     @staticmethod
     def transition(config: RetNetConfig, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
         """decay [B, H, 1, 1], state [B, H, K, V]."""
-        v = streams["v"]
-        return Transition(*decay_transition(streams["k"], v, head_params["log_decay_H"].expand(v.shape[:3]), starts_BT=starts(seq.query)))
+        return decayed_transition(streams, _log_decay(streams, head_params), seq)
 
     def merge(self, y_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """The norm of each head, the gate, the output projection: [B, T, D]."""
-        y = F.rms_norm(y_BTHV, (self.value_dim,), eps=self.config.norm_eps).flatten(2)
-        out: Tensor = self.wo(y * F.silu(self.wg(x_BTD)))
-        return out
+        return self.gated(y_BTHV, x_BTD)
 
-    def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Zeros, fp32 [B, H, K, V]."""
-        return {"recurrent": torch.zeros(n_rows, self.config.n_heads, self.key_dim, self.value_dim, device=device)}
+
+def _log_decay(streams: Streams, head_params: Mapping[str, Tensor]) -> Tensor:
+    """The same at every token, [B, T, H]."""
+    return head_params["log_decay_H"].expand(streams["v"].shape[:3])

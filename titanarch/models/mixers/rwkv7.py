@@ -8,7 +8,7 @@ With x~_i = x_t + (x_{t-1} - x_t) mu_i for each of r, w, k, v, a, g:
     S_t = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k'_t^T
     y = LayerNorm of each head(S r) + (sum of r r_k k') v,  out = W_o (y g)
 
-The published optimizer gives w_0 twice the learning rate; here it has that of all others.
+The published optimizer gives w_0 twice the learning rate of all others: ``decay_lr_group`` names its group.
 
 Shapes: B rows, T tokens, D model dim, H heads, K channels a head, R rank.
 """
@@ -28,12 +28,13 @@ from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams, Linear, local
 from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, Transition, mixer
-from titanarch.contract.roles import Kind, Role
+from titanarch.contract.roles import VECTOR, Role
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel, Side, Split, Stream
-from titanarch.models.mixers.delta_rule import BACKEND, KERNELS, Backend, MatrixStateMixer, divided_width, document_starts
+from titanarch.models.mixers.delta_rule import MatrixStateMixer, divided_width
+from titanarch.models.mixers.recurrent import BACKEND, FLA, Backend, incoming
 from titanarch.models.mixers.rwkv7_init import decay_bias, gain_of_layer, linear_ramp, orthogonal, rate_bias, shift_ramps
 from titanarch.ops.delta_recurrence import diagonal_plus_low_rank, diagonal_plus_low_rank_transition
 from titanarch.ops.recurrence_backend import chosen
@@ -55,6 +56,9 @@ class RWKV7Config(MixerConfig):
     rate_rank: Positive | None = Field(None, description="rank of the map that makes in-context learning rates; unset: as decay_rank")
     value_rank: Positive | None = Field(None, description="rank of the map that mixes in first values; unset: about 1.7 sqrt(d_model)")
     gate_rank: Positive | None = Field(None, description="rank of the map that makes the output gate; unset: about 5 sqrt(d_model)")
+    decay_lr_group: str | None = Field(
+        None, description="learning-rate group of w_0 in optimizer.lr_multipliers; published runs give it 2.0; unset: as all others"
+    )
     backend: Backend = Field("auto", description=BACKEND)
 
     def head_dim(self, d_model: int) -> int:
@@ -77,7 +81,13 @@ class RWKV7Config(MixerConfig):
 class Factor(Linear):
     """One of two matrices of a low-rank map; no weight decay, as published."""
 
-    roles: ClassVar[dict[str, Role]] = {"weight": Role(Kind.VECTOR, decay=False), "bias": Role(Kind.VECTOR, decay=False)}
+    roles: ClassVar[dict[str, Role]] = {"weight": VECTOR, "bias": VECTOR}
+
+
+class TimeMixParams(HeadParams):
+    """Those of each head; w_0 may have a learning-rate group of its own."""
+
+    roles: dict[str, Role] = {}
 
 
 @mixer("rwkv7")
@@ -89,7 +99,7 @@ class RWKV7(MatrixStateMixer):
         "RWKV-7 time mix: a state with vector decay, rewritten along a learned direction",
         "arXiv:2503.14456",
         "a loop over tokens written from the paper's equations",
-        KERNELS,
+        FLA,
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
@@ -107,6 +117,7 @@ class RWKV7(MatrixStateMixer):
         super().__init__(config, shape, layer)
         D, H, K = shape.d_model, config.n_heads, config.head_dim(shape.d_model)
         self.shape, self.K = shape, K
+        self.state_shape = (H, K, K)
         self.is_first = shape.is_first_of_its_name(layer)
         w, a, v, g = config.ranks(D)
         self.wr, self.wk, self.wv, self.wo = (Linear(D, D, bias=False) for _ in range(4))
@@ -116,7 +127,9 @@ class RWKV7(MatrixStateMixer):
             self.v1, self.v2 = Factor(D, v, bias=False), Factor(v, D, bias=True)
         self.shift_SD = nn.Parameter(torch.empty(len(SHIFTED), D))
         names = ("w0_HK", "a0_HK", "k_k_HK", "k_a_HK", "r_k_HK", "gain_HK", "bias_HK")
-        self.head = HeadParams(dict.fromkeys(names, (H, K)))
+        self.head = TimeMixParams(dict.fromkeys(names, (H, K)))
+        if config.decay_lr_group is not None:
+            self.head.roles = {"w0_HK": VECTOR.with_lr_group(config.decay_lr_group)}
 
     @staticmethod
     def streams(config: RWKV7Config, shape: ModelShape) -> Mapping[str, Stream]:
@@ -193,8 +206,8 @@ class RWKV7(MatrixStateMixer):
     ) -> MixResult:
         """The recurrence, the norm of each head, the bonus of the token itself, and the gate: [B, T, H, K]."""
         k, v, log_w, a, b = RWKV7._operands(streams, head_params)
-        r, starts, before = streams["r"].to(k.dtype), document_starts(seq.query), None if state is None else state["recurrent"]
-        backend = chosen(config.backend, streams["v"], KERNELS)
+        r, starts, before = streams["r"].to(k.dtype), seq.query.starts_BT, incoming(state)
+        backend = chosen(config.backend, streams["v"], FLA)
         narrow = v.to(streams["v"].dtype) if backend == "fla" else v
         y, last = diagonal_plus_low_rank(r, k, narrow, log_w, a, b, starts_BT=starts, state=before, backend=backend)
         y = y.to(v.dtype)
@@ -206,13 +219,9 @@ class RWKV7(MatrixStateMixer):
     def transition(config: RWKV7Config, streams: Streams, head_params: Mapping[str, Tensor], seq: MixSequence) -> Transition:
         """decay M [B, H, K, K], state [B, H, K, K]."""
         operands = RWKV7._operands(streams, head_params)
-        return Transition(*diagonal_plus_low_rank_transition(*operands, starts_BT=document_starts(seq.query)))
+        return Transition(*diagonal_plus_low_rank_transition(*operands, starts_BT=seq.query.starts_BT))
 
     def merge(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         """The output projection: [B, T, D]."""
         out: Tensor = self.wo(y_BTHK.flatten(2))
         return out
-
-    def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Zeros, fp32 [B, H, K, K]."""
-        return {"recurrent": torch.zeros(n_rows, self.config.n_heads, self.K, self.K, device=device)}

@@ -48,9 +48,6 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(f"'{twice[0]}' is listed twice; name each position scheme once")
         return position
 
-    def check_sizes(self, d_model: int) -> None:
-        """A ValueError where the sizes do not fit a model of this width."""
-
 
 class SoftmaxMixer(SequenceMixer):
     """A mixer whose ``mix`` is ``attend``, with the output projection ``wo`` and, where it is gated, the gate ``wg``."""
