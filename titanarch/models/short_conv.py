@@ -13,7 +13,9 @@ from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import local
 from titanarch.contract.roles import Kind, Role
-from titanarch.contract.sequence import SequenceInfo
+from titanarch.contract.sequence import LocalHalo, SequenceInfo
+from titanarch.ops._decay_kernels import causal_convolution
+from titanarch.ops.recurrence_backend import REFERENCE, convolution
 
 
 class ShortConv(nn.Module):
@@ -21,13 +23,15 @@ class ShortConv(nn.Module):
 
     The weights lie as in ``nn.Conv1d(C, C, W, groups=C)``, the last one for the token itself. There is no activation. A child of a
     mixer, called in ``project`` on the output of a COLUMN Linear, it is declared as that Linear is: every parameter is divided
-    along its channels. ``n_channels``: of the whole mixer.
+    along its channels. ``n_channels``: of the whole mixer. ``backend``: that of the mixer's recurrence; unless it
+    is ``reference``, causal-conv1d serves whole rows on CUDA where it is installed.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight_CW": Role(Kind.VECTOR, decay=True)}
 
-    def __init__(self, n_channels: int, taps: int, *, bias: bool) -> None:
+    def __init__(self, n_channels: int, taps: int, *, bias: bool, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         assert taps >= 1, f"a convolution of {taps} taps"
         self.taps = taps
         self.weight_CW = nn.Parameter(torch.empty(n_channels, taps))
@@ -47,13 +51,16 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTC: Tensor, seq: SequenceInfo) -> Tensor:
         """[B, T, C] to [B, T, C] of the local channels, in x's dtype; sums in fp32 at least."""
-        weight_WC = local(self.weight_CW).to(torch.promote_types(x_BTC.dtype, torch.float32)).t()
+        weight_CW, bias_C = local(self.weight_CW), None if self.bias_C is None else local(self.bias_C)
+        if isinstance(seq.halo, LocalHalo) and convolution(self.backend, x_BTC, self.taps) != REFERENCE:
+            return causal_convolution(x_BTC, weight_CW, bias_C, seq.document_BT if seq.packed else None)
+        weight_WC = weight_CW.to(torch.promote_types(x_BTC.dtype, torch.float32)).t()
         y = x_BTC * weight_WC[-1]
         before = x_BTC
         for n in range(1, self.taps):
             # Step by step, so that decoding keeps one token for each tap.
             before = seq.previous(before, 1)
             y = y + before * weight_WC[-1 - n]
-        if self.bias_C is not None:
-            y = y + local(self.bias_C)
+        if bias_C is not None:
+            y = y + bias_C
         return y.to(x_BTC.dtype)

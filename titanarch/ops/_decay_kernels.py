@@ -1,4 +1,6 @@
-"""Kernels of other packages for the recurrences of decay_recurrence.py, on CUDA. The plain form is the reference of each.
+"""Kernels of other packages on CUDA, for the recurrences of decay_recurrence.py and the convolutions before them.
+
+The plain form is the reference of each.
 
 Shapes: B rows, T tokens, H heads, G heads of keys and queries, K key dim, V value dim.
 """
@@ -26,6 +28,15 @@ def fla_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, starts
         recur = importlib.import_module("fla.ops.gla").chunk_gla
     y, last = recur(q.contiguous(), k.contiguous(), v.contiguous(), g=log_decay.contiguous(), **arguments)
     return y, last
+
+
+def causal_convolution(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_BT: Tensor | None) -> Tensor:
+    """y_t = sum over n < W of weight[:, W - 1 - n] x_{t-n}, plus the bias, by causal-conv1d; nothing of another document enters."""
+    convolve = importlib.import_module("causal_conv1d").causal_conv1d_fn
+    documents_BT = None if document_BT is None else document_BT.to(torch.int32).contiguous()
+    # Channels last, as its documents need it.
+    y_BCT: Tensor = convolve(x_BTC.contiguous().mT, weight_CW.contiguous(), bias_C, seq_idx=documents_BT, activation=None)
+    return y_BCT.mT
 
 
 def mamba_ssm_recurrence(

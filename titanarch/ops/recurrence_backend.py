@@ -13,6 +13,7 @@ AUTO, REFERENCE = "auto", "reference"
 
 KERNELS = {
     "fla": ("fla.ops", "pip install flash-linear-attention"),
+    "causal_conv1d": ("causal_conv1d", "pip install causal-conv1d"),
     "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "pip install mamba-ssm"),
 }
 """What is imported of a package for its kernels, and how it is installed."""
@@ -41,15 +42,26 @@ def chosen(wanted: str, x: Tensor, offered: Sequence[str]) -> str:
         return wanted
     if x.device.type != "cuda" or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return REFERENCE
-    return _first_installed(tuple(offered))
+    return _first_installed("recurrences", tuple(offered))
+
+
+def convolution(wanted: str, x_BTC: Tensor, taps: int) -> str:
+    """The backend of a short causal convolution: causal-conv1d's kernel where it is installed and fits, unless ``wanted`` is the reference.
+
+    It takes 2 to 4 taps, channels in eights, and what ``chosen`` asks of kernels.
+    """
+    fits = taps in (2, 3, 4) and x_BTC.shape[-1] % 8 == 0
+    if wanted == REFERENCE or not fits or x_BTC.device.type != "cuda" or torch.compiler.is_compiling() or x_BTC.dtype == torch.float64:
+        return REFERENCE
+    return _first_installed("short convolutions", ("causal_conv1d",))
 
 
 @cache
-def _first_installed(offered: tuple[str, ...]) -> str:
+def _first_installed(what: str, offered: tuple[str, ...]) -> str:
     failures = {name: import_failure(name) for name in offered}
     found = next((name for name, failure in failures.items() if not failure), REFERENCE)
     missing = "; ".join(f"{name}: {failure}" for name, failure in failures.items() if failure)
-    logger.info("recurrences use the backend '%s'%s", found, f" ({missing})" if missing else "")
+    logger.info("%s use the backend '%s'%s", what, found, f" ({missing})" if missing else "")
     return found
 
 

@@ -71,7 +71,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         "Gated DeltaNet: a delta rule whose state decays",
         "arXiv:2412.06464",
         "transformers: Qwen3NextGatedDeltaNet, torch_recurrent_gated_delta_rule",
-        FLA,
+        (*FLA, "causal_conv1d"),
     )
     tensor_parallel = {
         "wq": Split.COLUMN("n_key_heads"),
@@ -98,7 +98,8 @@ class GatedDeltaNet(DeltaRuleMixer):
         G, self.K, self.V = config.sizes(D)
         self.state_shape = (H, self.V, self.K)
         self.wq, self.wk, self.wv = Linear(D, G * self.K, bias=False), Linear(D, G * self.K, bias=False), Linear(D, H * self.V, bias=False)
-        self.conv_q, self.conv_k, self.conv_v = (ShortConv(n, config.conv_size, bias=False) for n in (G * self.K, G * self.K, H * self.V))
+        widths = (G * self.K, G * self.K, H * self.V)
+        self.conv_q, self.conv_k, self.conv_v = (ShortConv(n, config.conv_size, bias=False, backend=config.backend) for n in widths)
         self.wa, self.wb = Linear(D, H, bias=False), Linear(D, H, bias=False)
         self.wg, self.wo = Linear(D, H * self.V, bias=False), Linear(H * self.V, D, bias=False)
         self.head = HeadParams({"a_log_H": (H,), "dt_bias": (H,)})

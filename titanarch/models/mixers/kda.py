@@ -59,7 +59,7 @@ class KDA(DeltaRuleMixer):
         "Kimi Delta Attention: a delta rule with a decay a key channel",
         "arXiv:2510.26692",
         "transformers: KimiLinearDeltaAttention",
-        FLA,
+        (*FLA, "causal_conv1d"),
     )
     tensor_parallel = {
         "wq": Split.COLUMN,
@@ -88,7 +88,7 @@ class KDA(DeltaRuleMixer):
         self.K, rank = K, config.rank or K
         self.state_shape = (H, K, K)
         self.wq, self.wk, self.wv = (Linear(D, H * K, bias=False) for _ in range(3))
-        self.conv_q, self.conv_k, self.conv_v = (ShortConv(H * K, config.conv_size, bias=False) for _ in range(3))
+        self.conv_q, self.conv_k, self.conv_v = (ShortConv(H * K, config.conv_size, bias=False, backend=config.backend) for _ in range(3))
         self.wa1, self.wg1 = Linear(D, rank, bias=False), Linear(D, rank, bias=False)
         self.wa2, self.wg2 = Linear(rank, H * K, bias=False), Linear(rank, H * K, bias=False)
         self.wb, self.wo = Linear(D, H, bias=False), Linear(H * K, D, bias=False)

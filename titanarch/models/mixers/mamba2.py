@@ -100,7 +100,7 @@ class Mamba2(KernelMixer):
         title="Mamba-2: selective state space with one decay a head",
         paper="arXiv:2405.21060",
         reference="transformers Mamba2Mixer",
-        kernels=KERNELS,
+        kernels=(*KERNELS, "causal_conv1d"),
     )
     context_parallel = (ContextParallel.STATE, ContextParallel.HEADS)
     tensor_parallel = {
@@ -132,8 +132,8 @@ class Mamba2(KernelMixer):
         self.state_shape = (H, N, P)
         self.wz, self.wx, self.wdt = (Linear(D, width, bias=False) for width in (H * P, H * P, H))
         self.wb, self.wc = (Linear(D, G * N, bias=False) for _ in range(2))
-        self.conv_x = ShortConv(H * P, config.conv_size, bias=config.conv_bias)
-        self.conv_b, self.conv_c = (ShortConv(G * N, config.conv_size, bias=config.conv_bias) for _ in range(2))
+        self.conv_x = ShortConv(H * P, config.conv_size, bias=config.conv_bias, backend=config.backend)
+        self.conv_b, self.conv_c = (ShortConv(G * N, config.conv_size, bias=config.conv_bias, backend=config.backend) for _ in range(2))
         self.head = HeadParams({"a_log_H": (H,), "dt_bias_H": (H,), "d_H": (H,)})
         self.norm = HeadNorm(G, eps=config.norm_eps)
         self.gain = ChannelGain(H * P)
