@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER_FILES = ("run_train.sh", "scripts/environment.sh", "scripts/test.sh", "pyproject.toml", "constraints.txt")
@@ -407,13 +408,6 @@ def test_a_failing_process_fails_the_launch(real: Clone) -> None:
     assert [path.read_text() for path in logs.rglob("1/stdout.log")] == ["rank 1 of 2 --config a.toml\n"]
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port: int = server.getsockname()[1]
-        return port
-
-
 def test_two_nodes_share_the_ranks(real: Clone) -> None:
     endpoint = f"localhost:{free_port()}"
     nodes = [real.start("--config", "a.toml", NNODES="2", NODE_RANK=str(rank), RDZV_ENDPOINT=endpoint) for rank in (1, 0)]
@@ -452,6 +446,6 @@ def test_two_processes_train(tmp_path: Path) -> None:
 
 def test_a_failing_run_has_a_status(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder of the run should be")
-    result = titanarch(tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", processes="2")
+    result = titanarch(tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", processes="1")
     assert result.returncode != 0
     assert str(tmp_path / "run") in result.stderr

@@ -1,13 +1,13 @@
 """The processes of other launchers: what each sets, as their sources and manuals say, and runs of two processes under it."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import free_port
 from tests.nodes import QUICK, REPOSITORY, environment, losses_in
 from titanarch.config.errors import ConfigError
 from titanarch.train.launchers import FIRST_PORT, N_PORTS, Place, find_place, first_host
@@ -126,13 +126,6 @@ def test_too_little_is_told(variables: dict[str, str], message: str) -> None:
 )
 def test_the_first_of_a_list_of_nodes(nodes: str, first: str | None) -> None:
     assert first_host(nodes) == first
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def as_deepspeed(rank: int, port: int) -> tuple[list[str], dict[str, str]]:

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
+from tests.distributed import free_port, run_distributed
 from tests.evaluate.common import data_of, texts
 from titanarch.cli.main import main
 from titanarch.config.load import load_config
@@ -116,12 +115,6 @@ def evaluated_on_processes(folder: str, ports: list[int], *commands: list[str]) 
         assert main(["eval", "--run", folder, *arguments]) == 0
         found.append(evaluated(Path(folder)))
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_processes_that_share_rows_measure_what_one_does(trained: tuple[Path, dict[str, Any]]) -> None:

@@ -5,9 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests.distributed import CONTEXT, free_port
+from titanarch.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,10 +74,9 @@ def write_config(folder: Path, name: str, cache: Path) -> Path:
     return path
 
 
-def command(config: Path, *overrides: str, n_processes: int = 1) -> list[str]:
-    """The command that trains ``config``."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={n_processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    return [sys.executable, *(launcher if n_processes > 1 else []), "-m", "titanarch", "train", "--config", str(config), *overrides]
+def arguments_of(config: Path, *overrides: str) -> list[str]:
+    """Those that train ``config``."""
+    return ["train", "--config", str(config), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -78,18 +84,51 @@ def environment() -> dict[str, str]:
 
 
 def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Train to the end; fails with the output where the exit status is another."""
-    done = subprocess.run(
-        command(config, *overrides, n_processes=n_processes), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done
+    """Train to the end, on forks of a server that has imported the package; fails with the output where the exit status is another.
+
+    Several processes find each other by what a launcher would tell them; what launchers themselves do, tests/test_launcher.py tries.
+    """
+    arguments, shared = arguments_of(config, *overrides), environment()
+    if n_processes > 1:
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_processes)}
+    with tempfile.TemporaryDirectory(prefix="output-") as folder:
+        output = [Path(folder, name) for name in ("stdout", "stderr")]
+        forks = []
+        for rank in range(n_processes):
+            own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n_processes)} if n_processes > 1 else {})
+            forks.append(CONTEXT.Process(target=titanarch, args=(arguments, own, output), daemon=False))
+        for fork in forks:
+            fork.start()
+        deadline = time.monotonic() + 240
+        for fork in forks:
+            fork.join(max(0.0, deadline - time.monotonic()))
+        late = [fork for fork in forks if fork.is_alive()]
+        for fork in late:
+            fork.kill()
+        out, err = (path.read_text() if path.exists() else "" for path in output)
+    assert not late, f"{len(late)} of {n_processes} processes did not end\n{err[-6000:]}"
+    found = next((fork.exitcode for fork in forks if fork.exitcode), 0)
+    assert found == status, f"exit status {found}\n{out[-3000:]}\n{err[-6000:]}"
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
+def titanarch(arguments: list[str], variables: dict[str, str], output: Sequence[Path]) -> None:
+    """The life of a fork: what ``python -m titanarch`` does, with its output appended to two files."""
+    for path, number in zip(output, (1, 2), strict=True):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
 
 
 def train_and_kill(config: Path, folder: Path, after_step: int, *overrides: str) -> None:
     """Train, and kill -9 once the row of ``after_step`` is written."""
     process = subprocess.Popen(
-        command(config, *overrides),
+        [sys.executable, "-m", "titanarch", *arguments_of(config, *overrides)],
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
