@@ -1,6 +1,6 @@
 """Train every file of train_configs/architectures/ for the same tokens with the same seeds, and tabulate what came of it.
 
-python scripts/architecture_table.py                                   all files, 3 seeds, 60 steps; hours on a CPU
+python scripts/architecture_table.py                                   all files, 3 seeds, 200 steps; hours on a CPU
 python scripts/architecture_table.py --names attention mamba2 --seeds 42 --steps 20 --out ''
 python scripts/architecture_table.py --table-only                      the table of the runs that are there
 
@@ -36,10 +36,11 @@ Read it with care. {total_tokens:,} tokens are {share:.0%} of an epoch and far f
 none; tokens/s and memory are those of plain PyTorch on a CPU ({threads} threads, {machine}), where no kernel of a GPU runs. Differences
 below the spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
 
-Loss: on the validation rows in nats a token, mean and sample standard deviation over seeds. Difference: from `{baseline}` on the same
-seed, mean and sample standard deviation of the pairs. Parameters are without embedding and head; active are those
-that a token meets. FLOPs: forward, a token, in millions. Memory: largest of the process, the
-interpreter included.
+First loss: of the first step, before any update, mean over seeds; a model that knows nothing has ln 8,192 = 9.011, and the spread
+of its first logits adds half their variance. Loss: on the validation rows in nats a token, mean and sample standard deviation over
+seeds. Difference: from `{baseline}` on the same seed, mean and sample standard deviation of the pairs. Parameters are without embedding
+and head; active are those that a token meets. FLOPs: forward, a token, in millions. Memory: largest of the process, the interpreter
+included.
 
 {table}
 {missing}
@@ -48,11 +49,12 @@ interpreter included.
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration with one seed. ``result``: its result.json."""
+    """One configuration with one seed. ``result``: its result.json. ``first``: the loss of its first step."""
 
     name: str
     seed: int
     result: dict[str, Any]
+    first: float
 
     @property
     def loss(self) -> float:
@@ -68,15 +70,23 @@ def run(name: str, seed: int, steps: int, extra: Sequence[str]) -> int:
     command = [
         *(sys.executable, "-m", "titanarch", "train", "--config", str(CONFIGS / f"{name}.toml")),
         *("--job.dump_folder", str(folder(name, seed, steps)), "--debug.seed", str(seed), "--training.steps", str(steps)),
-        *("--validation.interval", str(steps), "--evaluation.enable", "false", "--checkpoint.interval", str(steps), *extra),
+        *("--validation.interval", str(steps), "--evaluation.enable", "false", "--checkpoint.keep_latest_k", "1", *extra),
     ]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def read(names: Sequence[str], seeds: Sequence[int], steps: int) -> list[Run]:
     """The runs that have ended."""
-    files = [(name, seed, folder(name, seed, steps) / "result.json") for name in names for seed in seeds]
-    return [Run(name, seed, json.loads(file.read_text("utf-8"))) for name, seed, file in files if file.is_file()]
+    ended = [(name, seed, path) for name in names for seed in seeds if ((path := folder(name, seed, steps)) / "result.json").is_file()]
+    return [Run(name, seed, json.loads((path / "result.json").read_text("utf-8")), first_loss(path)) for name, seed, path in ended]
+
+
+def first_loss(path: Path) -> float:
+    """Of the first step in a run's folder."""
+    with (path / "metrics.jsonl").open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    assert row["step"] == 1, f"{path} does not begin with step 1"
+    return float(row["loss"])
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -92,8 +102,8 @@ def table(runs: Sequence[Run]) -> str:
     for each in runs:
         by_name.setdefault(each.name, []).append(each)
     lines = [
-        "| file | seeds | loss | difference | tokens/s | memory, GiB | parameters, M | active, M | FLOPs, M |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| file | seeds | first loss | loss | difference | tokens/s | memory, GiB | parameters, M | active, M | FLOPs, M |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, its in sorted(by_name.items(), key=lambda item: statistics.mean(run.loss for run in item[1])):
         pairs = [run.loss - base[run.seed] for run in its if run.seed in base]
@@ -101,6 +111,7 @@ def table(runs: Sequence[Run]) -> str:
         cells = [
             name,
             str(len(its)),
+            f"{statistics.mean(run.first for run in its):.3f}",
             spread([run.loss for run in its], ".3f"),
             spread(pairs, "+.3f") if pairs and name != BASELINE else "",
             f"{statistics.median(run.result['tokens_per_second'] for run in its):,.0f}",
@@ -137,7 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     known = sorted(path.stem for path in CONFIGS.glob("*.toml"))
     parser.add_argument("--names", nargs="+", default=known, choices=known, metavar="NAME", help="files to run; all unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1337, 3407], metavar="N")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps of each run")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--out", default="docs/architectures.md", help="the page to write; empty: print the table alone")
     parser.add_argument("overrides", nargs="*", help="--section.key=VALUE after --, for all runs")

@@ -77,11 +77,11 @@ def rows(step: int) -> tuple[Tensor, SequenceInfo, Tensor]:
     """The rows of a step, of one document each in even steps, of two in odd ones."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(V, (ROWS, T + 1), generator=generator)
-    seq = SequenceInfo.whole(ROWS, T, seed=0, first_row=ROWS * step)
-    if step % 2 == 1:
-        starts = torch.randint(2, T - 2, (ROWS,), generator=generator).tolist()
-        seq = SequenceInfo.of_lengths([(start, T - start) for start in starts], seed=0, first_row=ROWS * step)
-    return tokens[:, :-1], seq, tokens[:, 1:]
+    is_packed = step % 2 == 1
+    starts = torch.randint(2, T - 2, (ROWS,), generator=generator).tolist() if is_packed else []
+    lengths = [(start, T - start) for start in starts] or [(T,)] * ROWS
+    seq = SequenceInfo.of_lengths(lengths, seed=0, first_row=ROWS * step)  # with strides alike, or a graph is compiled again
+    return tokens[:, :-1], replace(seq, packed=is_packed), tokens[:, 1:]
 
 
 def take_steps(case: Case) -> Outcome:
