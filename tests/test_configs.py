@@ -1,16 +1,20 @@
 """Every file in train_configs/: its model builds, costs what it has, and the numbers that its comments promise are true."""
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from titanarch.config.identity import identity_table
 from titanarch.config.load import load_config
 from titanarch.contract.cost import Cost
+from titanarch.contract.init import Init, qualified_names
 from titanarch.contract.model import MODELS, Model
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.models.channels.hidden import HiddenChannel
 from titanarch.models.mixers.attention import Attention
@@ -213,3 +217,20 @@ def test_architectures_have_as_many_parameters_as_small(name: str) -> None:
     assert small == pytest.approx(cost.non_embedding_parameters, rel=0.01) or small == pytest.approx(
         cost.active_parameters - cost.embedding_parameters, rel=0.01
     )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_start_as_one_that_knows_nothing(name: str) -> None:
+    """Their first loss is ln V and half the variance of their first logits, as of logits drawn from a normal distribution.
+
+    T5's tied head reads embeddings of unit variance, so the logit of the token that the decoder is given stands out.
+    """
+    config, is_t5 = loaded(name), name.endswith("encoder_decoder.toml")
+    model = meta_model(config, 8192).to_empty(device="cpu")
+    model.reset_parameters(Init(config.model.init, names=qualified_names(model), seed=1, n_layers=len(list(model.blocks()))))
+    n_rows, length = 8 if is_t5 else 2, 128
+    tokens = torch.randint(8192, (n_rows, length + 1), generator=torch.Generator().manual_seed(0))
+    seq = SequenceInfo.whole(n_rows, length, seed=1)
+    objective, logits = model(tokens[:, :-1], seq, tokens[:, 1:]), model.logits(tokens[:, :-1], seq)
+    loss, variance = float(objective.loss_sum / objective.n_targets), float(logits.detach().var(-1).mean())
+    assert loss == pytest.approx(math.log(logits.shape[-1]) + variance / 2, rel=0.1 if is_t5 else 0.02)
