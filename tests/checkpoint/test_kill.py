@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from tests.checkpoint.common import checkpointer, one_process
 from tests.distributed import CONTEXT
-from titanarch.checkpoint.choosing import problem_of
+from titanarch.checkpoint.verifying import problem_of
 from titanarch.checkpoint.marker import MARKER
 from titanarch.checkpoint.storage import Storage
 from titanarch.checkpoint.store import load

@@ -141,14 +141,32 @@ def scramble(path: Path) -> None:
     path.write_bytes(b"\x80\x04" + b"q" * (path.stat().st_size - 2))
 
 
+def flip(path: Path) -> None:
+    """Another letter in the middle of a marker's configuration; elsewhere another bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"[training]") + 1 if path.name == MARKER else len(data) // 2
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def replace_by_link(path: Path) -> None:
+    """The same content, of another folder's file."""
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
 DAMAGE = {
     "never committed": (lambda folder: (folder / MARKER).unlink(), "has no COMMITTED.json"),
     "marker cut off": (lambda folder: cut(folder / MARKER), "COMMITTED.json is cut off"),
-    "marker of another program": (lambda folder: (folder / MARKER).write_text('{"format_version": 99}'), "format_version 99"),
+    "marker of no program": (lambda folder: (folder / MARKER).write_text('{"format_version": "x"}'), "format_version 'x'"),
+    "marker with one byte flipped": (lambda folder: flip(folder / MARKER), "COMMITTED.json is damaged"),
+    "data with one byte flipped": (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp is damaged: its SHA-256"),
+    "index with one byte flipped": (lambda folder: flip(folder / ".metadata"), ".metadata is damaged: its SHA-256"),
+    "a link to outside": (lambda folder: replace_by_link(folder / "__0_0.distcp"), "__0_0.distcp is a symbolic link to outside"),
     "data cut off": (lambda folder: cut(folder / "__0_0.distcp"), "__0_0.distcp has"),
     "data missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "index missing": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
-    "index scrambled": (lambda folder: scramble(folder / ".metadata"), "refused"),
+    "index scrambled": (lambda folder: scramble(folder / ".metadata"), ".metadata is damaged: its SHA-256"),
 }
 
 
