@@ -12,6 +12,7 @@ from tests.checkpoint.common import (
     assert_filled,
     build,
     checkpointer,
+    digests,
     filled,
     names,
     one_process,
@@ -40,6 +41,9 @@ def test_round_trip_is_bitwise(tmp_path: Path, mode: str, monkeypatch: pytest.Mo
     continued = train(net, optimizers, start=2, steps=3)  # in place, while the upload may be running
     saver.maybe_wait()
     saver.wait()
+    folder = tmp_path / "checkpoints/step-00000002"
+    assert json.loads((folder / MARKER).read_text())["files"] == digests(folder)
+    assert sorted(digests(folder)) == [".metadata", "__0_0.distcp"]
     assert not all(torch.equal(expected[name], now) for name, now in tensors(net, optimizers).items()), "training changed nothing"
 
     other, others = build(1)
