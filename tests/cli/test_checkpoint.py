@@ -98,7 +98,7 @@ def test_urls(tmp_path: Path, said: Said) -> None:
     save(location, {1: state(0), 2: state(0)})
     assert said("ls", location)[1].count("sound") == 2
     assert said("verify", f"{location}/step-00000002")[0] == 0
-    assert said("diff", f"{location}/step-00000001", location) == (0, "5 tensors are identical, 0 differ\n".replace("5", "4"))
+    assert said("diff", f"{location}/step-00000001", location) == (0, "4 tensors are identical, 0 differ\n")
 
 
 def test_diff_names_what_differs_the_largest_first(tmp_path: Path, said: Said) -> None:

@@ -12,6 +12,7 @@ from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.retention import Retention
 from titanarch.checkpoint.saving import Commit, Uploaded, upload
 from titanarch.checkpoint.storage import Storage
+from titanarch.checkpoint.torch_io import alone
 from titanarch.checkpoint.values import TreePath, encode
 from titanarch.config.errors import ConfigError
 
@@ -40,15 +41,10 @@ def average(sources: Sequence[OpenCheckpoint], location: str) -> Uploaded:
     tensors = {name: _mean(name, sources) for name in _tensors(sources[0])}
     values = {path[1:]: value for path, value in _values(sources[0]).items()}
     step = max(source.marker.step for source in sources)
+    state, what = {**tensors, values_name(_MODEL): encode(values)}, Commit(step, sources[0].marker.config)
     try:
-        return upload(
-            out,
-            Processes(timedelta(hours=1)),
-            {**tensors, values_name(_MODEL): encode(values)},
-            what=Commit(step, sources[0].marker.config),
-            own_process=False,
-            retention=Retention(),
-        )
+        with alone():
+            return upload(out, Processes(timedelta(hours=1)), state, what=what, own_process=False, retention=Retention())
     except BaseException:
         out.remove_all()
         raise

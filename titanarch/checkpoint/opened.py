@@ -14,7 +14,7 @@ from titanarch.checkpoint.loading import values_name
 from titanarch.checkpoint.marker import Marker
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.storage import Storage
-from titanarch.checkpoint.torch_io import TensorsOnlyPlanner
+from titanarch.checkpoint.torch_io import TensorsOnlyPlanner, alone
 from titanarch.checkpoint.values import TreePath, decode
 
 
@@ -51,7 +51,8 @@ class OpenCheckpoint:
     def _read(self, name: str, meta: TensorStorageMetadata) -> Tensor:
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
         reader = self._storage.reader(self._folder, self._index)
-        load_tensors({name: tensor}, storage_reader=reader, planner=TensorsOnlyPlanner(), no_dist=True)
+        with alone():
+            load_tensors({name: tensor}, storage_reader=reader, planner=TensorsOnlyPlanner(), no_dist=True)
         return tensor
 
 

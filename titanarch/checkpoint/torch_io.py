@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,6 +108,14 @@ class LocalReader(_CheckedRead, FileSystemReader):
 
 class UrlReader(_CheckedRead, FsspecReader):
     """Reads an fsspec URL. Set ``index`` before use."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For a command of one process: torch does not warn that it is one. Not for threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 class _Recording:
