@@ -47,26 +47,35 @@ def collect(state: State, processes: Processes) -> dict[str, Tensor]:
     return tensors
 
 
-def stage(tensors: dict[str, Tensor], *, shared: bool) -> dict[str, Tensor]:
-    """A copy on the CPU, finished on return; in memory that another process can map where ``shared``.
+class Staging:
+    """Copies of a state on the CPU, one at a time, in memory that another process can map where ``shared``.
 
-    The copy must not happen in the background: the next optimizer step writes in place and would tear it.
+    The memory is kept from one copy to the next, for the system takes about as long to hand out fresh pages as the copy
+    itself. So a copy is valid until the next one: its upload must have ended by then.
     """
-    stager = DefaultStager(
-        StagingOptions(use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False)
-    )
-    try:
-        staged = stager.stage(tensors)
-    except RuntimeError as error:
-        if not shared:
-            raise
-        raise CheckpointError(
-            f"no shared memory for a copy of the state ({error}); enlarge /dev/shm or use checkpoint.async_mode = 'async'"
-        ) from error
-    finally:
-        stager.close()
-    assert isinstance(staged, dict), "a stager that does not stage in the background returns the copy"
-    return staged
+
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
+        self._stager = DefaultStager(
+            StagingOptions(use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False)
+        )
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy, finished on return: made in the background, the next optimizer step would write in place and tear it."""
+        try:
+            staged = self._stager.stage(tensors)
+        except RuntimeError as error:
+            if not self._shared:
+                raise
+            raise CheckpointError(
+                f"no shared memory for a copy of the state ({error}); enlarge /dev/shm or use checkpoint.async_mode = 'async'"
+            ) from error
+        assert isinstance(staged, dict), "a stager that does not stage in the background returns the copy"
+        return staged
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stager.close()
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ def _write(tensors: dict[str, Tensor], writer: LocalWriter | UrlWriter, processe
 
 
 class _AlreadyStaged(AsyncStager):
-    """The copy has been made by ``stage``."""
+    """The copy has been made by ``Staging``."""
 
     def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
         return state_dict

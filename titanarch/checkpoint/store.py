@@ -17,7 +17,7 @@ from titanarch.checkpoint.config import CheckpointConfig, Verification
 from titanarch.checkpoint.loading import State, read, read_initial
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.retention import Retention
-from titanarch.checkpoint.saving import Commit, Uploaded, collect, stage, upload
+from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, upload
 from titanarch.checkpoint.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Checkpointer:
         self.processes = Processes(timeout)
         self._upload_processes = Processes(timeout)  # used by the thread alone
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._staging = Staging(shared=config.async_mode == "process")
         self._pending: _Pending | None = None
         self._saved: list[Saved] = []
 
@@ -124,7 +125,7 @@ class Checkpointer:
         mode = "disabled" if force_sync and self.config.async_mode == "async" else self.config.async_mode
         tensors = collect(state, self.processes)
         if mode != "disabled":
-            tensors = stage(tensors, shared=mode == "process")
+            tensors = self._staging.copy(tensors)
         running = self._thread.submit(
             upload,
             self._storage,
@@ -198,6 +199,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._staging.close()
 
 
 def load(
