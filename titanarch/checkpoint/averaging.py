@@ -62,7 +62,9 @@ def _problems(first: OpenCheckpoint, other: OpenCheckpoint) -> list[str]:
     """Why two checkpoints have no mean, as far as their indexes and plain values tell."""
     a, b = set(_tensors(first)), set(_tensors(other))
     problems = [] if a else [f"{first.path} holds no model"]
-    problems += [f"{name} is only in {first.path}" for name in sorted(a - b)] + [f"{name} is only in {other.path}" for name in sorted(b - a)]
+    problems += [f"{name} is only in {first.path}" for name in sorted(a - b)] + [
+        f"{name} is only in {other.path}" for name in sorted(b - a)
+    ]
     for name in sorted(a & b):
         ours, theirs = first.tensors[name], other.tensors[name]
         if ours.size != theirs.size:

@@ -33,7 +33,5 @@ def superfluous(committed: Sequence[tuple[str, Marker]], retention: Retention) -
     best = {folder for _, folder in sorted(measured, key=lambda item: item[0])[: retention.best_k]}
     every = retention.every_n_steps
     return [
-        folder
-        for folder, marker in committed[: -retention.latest_k]
-        if folder not in best and not (every and marker.step % every == 0)
+        folder for folder, marker in committed[: -retention.latest_k] if folder not in best and not (every and marker.step % every == 0)
     ]

@@ -101,9 +101,7 @@ class Checkpointer:
         """The union of the processes' dicts of plain values, each key with one owner; see ``Processes.merge``."""
         return self.processes.merge(local)
 
-    def save(
-        self, step: int, state: State, *, config_text: str, validation_loss: float | None = None, force_sync: bool = False
-    ) -> None:
+    def save(self, step: int, state: State, *, config_text: str, validation_loss: float | None = None, force_sync: bool = False) -> None:
         """Save ``state`` as of now. On return it is copied, so training may go on; the upload may still be running.
 
         Waits for the upload before this one. Does nothing where checkpoints are not enabled.

@@ -56,6 +56,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+_BROKEN_PICKLE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError),
+    *(TypeError, ValueError, KeyError, OverflowError, MemoryError),
+)
+"""A damaged pickle may raise almost anything: the first are what the pickle module documents, the others what broken arguments give."""
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -70,8 +77,18 @@ def read_index(data: bytes, path: str) -> Metadata:
     """The index of a checkpoint from the bytes of its ``.metadata``; CheckpointError where it is none or not to be trusted."""
     try:
         index = _IndexUnpickler(io.BytesIO(data)).load()
-    # A damaged pickle may raise almost anything: these are what the pickle module documents, and what broken arguments give.
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        TypeError,
+        ValueError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise CheckpointError(f"{path}: refused: {error}") from error
     if not _is_index(index):
         raise CheckpointError(f"{path}: refused: it is no checkpoint index")
@@ -163,7 +180,7 @@ class _RecordedWrite:
     torch buries that error, and drops its cause between processes.
     """
 
-    fs: _RecordingLocal | _RecordingFsspec
+    records: FileRecords
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -173,19 +190,19 @@ class _RecordedWrite:
             if cause is None:
                 raise
             raise OSError(cause.errno, cause.strerror, cause.filename) from error
-        own = _FilesWritten(MetadataIndex(""), 0, None, dict(self.fs.records.written))
+        own = _FilesWritten(MetadataIndex(""), 0, None, dict(self.records.written))
         done: Future[list[WriteResult]] = Future()
         done.set_result([*results, own])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files = {}
+        files: dict[str, FileRecord] = {}
         for result in (result for part in results for result in part):
             if isinstance(result, _FilesWritten):
                 files.update(result.files)
         places = [[result for result in part if not isinstance(result, _FilesWritten)] for part in results]
         super().finish(metadata, places)  # type: ignore[misc]
-        metadata.storage_meta = _RecordedMeta(files=files | self.fs.records.written)
+        metadata.storage_meta = _RecordedMeta(files=files | self.records.written)
 
 
 class LocalWriter(_RecordedWrite, FileSystemWriter):
@@ -194,7 +211,8 @@ class LocalWriter(_RecordedWrite, FileSystemWriter):
     def __init__(self, path: str) -> None:
         """``path``: a folder that holds no checkpoint, or does not exist."""
         super().__init__(path, overwrite=False)
-        self.fs = _RecordingLocal()
+        files = _RecordingLocal()
+        self.fs, self.records = files, files.records
 
 
 class UrlWriter(_RecordedWrite, FsspecWriter):
@@ -203,8 +221,9 @@ class UrlWriter(_RecordedWrite, FsspecWriter):
     def __init__(self, path: str) -> None:
         """``path``: a URL below which no checkpoint lies."""
         super().__init__(path, sync_files=False, overwrite=False)
-        self.fs = _RecordingFsspec()
-        self.path = self.fs.init_path(path)
+        files = _RecordingFsspec()
+        self.fs = files  # type: ignore[assignment]  # torch does the same
+        self.records, self.path = files.records, files.init_path(path)
 
 
 def records_of(saved: Metadata) -> dict[str, FileRecord]:

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     comparing.add_argument("second", help="the same")
     averaging = actions.add_parser("average", help="the mean of models, as a checkpoint to start from", allow_abbrev=False)
     averaging.add_argument("paths", nargs="+", metavar="path", help=f"two or more: {_PATH}; of several, the newest")
-    averaging.add_argument("--out", required=True, metavar="DIR", help="folder or URL to write a folder of one checkpoint to; must not exist")
+    averaging.add_argument("--out", required=True, metavar="DIR", help="folder or URL for the one checkpoint; must not exist")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def _check_best(config: RunConfig) -> None:
     if not checkpoint.enable or checkpoint.keep_best_k == 0:
         return
     if not validation.enable:
-        raise ConfigError(Problem("the best are told by the validation loss, and validation.enable = false; set it to true, or this to 0", key))
+        raise ConfigError(Problem("they are told by the validation loss, and validation.enable = false; set it to true, or this to 0", key))
     total, meeting = _budget(config).total_steps, math.lcm(checkpoint.interval, validation.interval)
     if total is not None and meeting >= total:
         message = (
