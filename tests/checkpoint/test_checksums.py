@@ -19,6 +19,11 @@ from titanarch.config.errors import ConfigError
 __all__ = ["one_process"]
 
 
+def flipped(data: bytes) -> bytes:
+    """Another bit near the end."""
+    return data[:-100] + bytes([data[-100] ^ 64]) + data[-99:]
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_damage_in_a_url_is_found(tmp_path: Path, scheme: str) -> None:
@@ -26,21 +31,35 @@ def test_damage_in_a_url_is_found(tmp_path: Path, scheme: str) -> None:
     saver = checkpointer(tmp_path, folder=location)
     for step in (1, 2):
         saver.save(step, filled(step), config_text="", force_sync=True)
-    fs, root = fsspec.core.url_to_fs(location)
-    path = f"{root}/step-00000002/__0_0.distcp"
-    data = bytearray(fs.cat_file(path))
-    assert json.loads(fs.cat_file(f"{root}/step-00000002/{MARKER}"))["files"]["__0_0.distcp"] == {
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    data[-100] ^= 64
-    fs.pipe_file(path, bytes(data))
-    state = filled(0)
-    loaded = saver.load(state)
-    saver.close()
+    fs, root = fsspec.core.url_to_fs(f"{location}/step-00000002")
+    data = fs.cat_file(f"{root}/__0_0.distcp")
+    marker = json.loads(fs.cat_file(f"{root}/{MARKER}"))
+    assert marker["files"]["__0_0.distcp"] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name, damage, reason in (
+        ("__0_0.distcp", flipped, "the file __0_0.distcp is damaged: its SHA-256 is not the committed one"),
+        (".metadata", flipped, "the file .metadata is damaged: its SHA-256 is not the committed one"),
+        ("__0_0.distcp", lambda content: content[:-5], f"the file __0_0.distcp has {len(data) - 5} bytes instead of {len(data)}"),
+        (MARKER, flipped, f"{MARKER} is "),
+    ):
+        content = fs.cat_file(f"{root}/{name}")
+        fs.pipe_file(f"{root}/{name}", damage(content))
+        state = filled(0)
+        loaded = saver.load(state)
+        assert loaded is not None
+        assert_filled(state, 1)
+        assert len(loaded.skipped) == 1
+        assert loaded.skipped[0].startswith(f"{location}/step-00000002: {reason}")
+        fs.pipe_file(f"{root}/{name}", content)
+    loaded = saver.load(filled(0))
     assert loaded is not None
-    assert_filled(state, 1)
-    assert loaded.skipped == (f"{location}/step-00000002: the file __0_0.distcp is damaged: its SHA-256 is not the committed one",)
+    assert (loaded.step, loaded.skipped) == (2, ())
+    saver.close()
+    if scheme == "file":
+        (tmp_path / "outside").write_bytes(data)
+        (tmp_path / "run/step-00000002/__0_0.distcp").unlink()
+        (tmp_path / "run/step-00000002/__0_0.distcp").symlink_to("../../outside")
+        with pytest.raises(ConfigError, match=r"step 2 .*__0_0\.distcp is a symbolic link to outside the checkpoint"):
+            load(location, filled(0), step=2)
 
 
 @pytest.mark.usefixtures("one_process")

@@ -93,6 +93,13 @@ def test_ls_and_verify(tmp_path: Path, said: Said) -> None:
 PATH_HELP = "a run's folder, a folder or URL of checkpoints, or one checkpoint (step-00000100)"
 
 
+def test_a_runs_folder_leads_to_its_checkpoints(tmp_path: Path, said: Said) -> None:
+    debug = Path(__file__).parents[2] / "train_configs" / "debug.toml"
+    (tmp_path / "config.toml").write_text(f'extends = "{debug}"\n[checkpoint]\nfolder = "kept"\n')
+    save(tmp_path / "kept", {5: state(0)})
+    assert said("ls", tmp_path)[1].splitlines()[1].startswith("step-00000005 ")
+
+
 def test_urls(tmp_path: Path, said: Said) -> None:
     location = f"memory://{tmp_path}/run"
     save(location, {1: state(0), 2: state(0)})
