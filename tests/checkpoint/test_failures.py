@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.checkpoint.common import assert_filled, checkpointer, filled, names, one_process, save_steps
 from titanarch.checkpoint import saving
@@ -20,6 +21,7 @@ from titanarch.checkpoint.errors import CheckpointError
 from titanarch.checkpoint.hashing import FileRecord
 from titanarch.checkpoint.marker import MARKER, Marker
 from titanarch.checkpoint.store import load
+from titanarch.checkpoint.torch_io import files_of, read_index
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -148,6 +150,17 @@ def test_an_index_that_names_a_file_of_another_folder_is_refused(tmp_path: Path)
     recommit(folder)
     with pytest.raises(CheckpointError, match=r"its index names \.\./\.\./secret, which is no file of the checkpoint"):
         load(tmp_path / "checkpoints", filled(0))
+
+
+def test_an_index_with_missing_or_wrong_parts_is_refused(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1])
+    data = (tmp_path / "checkpoints/step-00000001/.metadata").read_bytes()
+    assert files_of(read_index(data, "x")) == {"__0_0.distcp"}
+    no_tables, no_path = Metadata.__new__(Metadata), pickle.loads(data)
+    del next(iter(no_path.storage_data.values())).relative_path
+    for damaged in (pickle.dumps(no_tables), pickle.dumps(no_path), pickle.dumps({}), data.replace(b"strided", b"stridee"), data[:-9]):
+        with pytest.raises(CheckpointError, match="x: refused: "):
+            read_index(damaged, "x")
 
 
 def test_pickled_objects_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 _BROKEN_PICKLE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError),
-    *(TypeError, ValueError, KeyError, OverflowError, MemoryError),
+    *(TypeError, ValueError, KeyError, OverflowError, MemoryError, RuntimeError),
 )
 """A damaged pickle may raise almost anything: the first are what the pickle module documents, the others what broken arguments give."""
 
@@ -77,21 +77,12 @@ def read_index(data: bytes, path: str) -> Metadata:
     """The index of a checkpoint from the bytes of its ``.metadata``; CheckpointError where it is none or not to be trusted."""
     try:
         index = _IndexUnpickler(io.BytesIO(data)).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        ImportError,
-        IndexError,
-        TypeError,
-        ValueError,
-        KeyError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+        sound = _is_index(index)  # an object whose state was damaged may lack any attribute
+    except _BROKEN_PICKLE as error:
         raise CheckpointError(f"{path}: refused: {error}") from error
-    if not _is_index(index):
+    if not sound:
         raise CheckpointError(f"{path}: refused: it is no checkpoint index")
+    assert isinstance(index, Metadata), "it was looked at"
     return index
 
 
