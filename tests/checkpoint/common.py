@@ -1,5 +1,6 @@
 """What the checkpoint tests share: a process group of one, and a small model with its optimizers."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from titanarch.checkpoint.config import CheckpointConfig
+from titanarch.checkpoint.marker import MARKER
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState
 
@@ -120,3 +122,9 @@ def assert_filled(state: dict[str, Any], value: float) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def digests(folder: Path) -> dict[str, dict[str, int | str]]:
+    """What a marker has to say of the files of a checkpoint, read from the disk."""
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARKER}
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(content.items())}

@@ -1,7 +1,8 @@
 """Full disks, folders that cannot be written, and checkpoints made to do harm."""
 
+import dataclasses
 import errno
-import json
+import hashlib
 import os
 import pickle
 import subprocess
@@ -12,15 +13,26 @@ from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.checkpoint.common import assert_filled, checkpointer, filled, names, one_process, save_steps
 from titanarch.checkpoint import saving
 from titanarch.checkpoint.errors import CheckpointError
-from titanarch.checkpoint.marker import MARKER
+from titanarch.checkpoint.hashing import FileRecord
+from titanarch.checkpoint.marker import MARKER, Marker
 from titanarch.checkpoint.store import load
+from titanarch.checkpoint.torch_io import files_of, read_index
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def recommit(folder: Path) -> None:
+    """A marker that fits the files: damage that no checksum finds, as whoever means harm leaves it."""
+    marker = Marker.from_bytes((folder / MARKER).read_bytes())
+    content = {name: (folder / name).read_bytes() for name in marker.files}
+    files = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
+    (folder / MARKER).write_bytes(dataclasses.replace(marker, files=files).to_bytes())
 
 
 @contextmanager
@@ -119,9 +131,7 @@ def test_a_malicious_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "checkpoints/step-00000001"
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
-    marker = json.loads((folder / MARKER).read_text())
-    marker["files"][".metadata"] = (folder / ".metadata").stat().st_size
-    (folder / MARKER).write_text(json.dumps(marker))
+    recommit(folder)
     with pytest.raises(CheckpointError, match=r"refused: it names posix\.mkdir"):
         load(tmp_path / "checkpoints", filled(0))
     assert not Path("executed").exists()
@@ -129,11 +139,35 @@ def test_a_malicious_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path("executed").exists(), "the pickle was harmless: the test proves nothing"
 
 
+def test_an_index_that_names_a_file_of_another_folder_is_refused(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1])
+    folder = tmp_path / "checkpoints/step-00000001"
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = "../../secret"
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    (tmp_path / "secret").write_bytes((folder / "__0_0.distcp").read_bytes())
+    recommit(folder)
+    with pytest.raises(CheckpointError, match=r"its index names \.\./\.\./secret, which is no file of the checkpoint"):
+        load(tmp_path / "checkpoints", filled(0))
+
+
+def test_an_index_with_missing_or_wrong_parts_is_refused(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1])
+    data = (tmp_path / "checkpoints/step-00000001/.metadata").read_bytes()
+    assert files_of(read_index(data, "x")) == {"__0_0.distcp"}
+    no_tables, no_path = Metadata.__new__(Metadata), pickle.loads(data)
+    del next(iter(no_path.storage_data.values())).relative_path
+    for damaged in (pickle.dumps(no_tables), pickle.dumps(no_path), pickle.dumps({}), data.replace(b"strided", b"stridee"), data[:-9]):
+        with pytest.raises(CheckpointError, match="x: refused: "):
+            read_index(damaged, "x")
+
+
 def test_pickled_objects_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect = saving.collect
     with monkeypatch.context() as patch:  # what a foreign program might have written
         patch.setattr("titanarch.checkpoint.store.collect", lambda state, processes: collect(state, processes) | {"model.w": Evil()})
-        patch.setattr("titanarch.checkpoint.store.stage", lambda tensors, shared: tensors)
+        patch.setattr(saving.Staging, "copy", lambda self, tensors: tensors)
         save_steps(tmp_path, [1])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"'model\.w' is no tensor in the checkpoint"):

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from tests.checkpoint.common import checkpointer, one_process
 from tests.distributed import CONTEXT
-from titanarch.checkpoint.choosing import problem_of
 from titanarch.checkpoint.marker import MARKER
 from titanarch.checkpoint.storage import Storage
 from titanarch.checkpoint.store import load
 from titanarch.checkpoint.torch_io import LocalWriter
+from titanarch.checkpoint.verifying import problem_of
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.usefixtures("one_process")

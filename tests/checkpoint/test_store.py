@@ -12,6 +12,7 @@ from tests.checkpoint.common import (
     assert_filled,
     build,
     checkpointer,
+    digests,
     filled,
     names,
     one_process,
@@ -40,6 +41,9 @@ def test_round_trip_is_bitwise(tmp_path: Path, mode: str, monkeypatch: pytest.Mo
     continued = train(net, optimizers, start=2, steps=3)  # in place, while the upload may be running
     saver.maybe_wait()
     saver.wait()
+    folder = tmp_path / "checkpoints/step-00000002"
+    assert json.loads((folder / MARKER).read_text())["files"] == digests(folder)
+    assert sorted(digests(folder)) == [".metadata", "__0_0.distcp"]
     assert not all(torch.equal(expected[name], now) for name, now in tensors(net, optimizers).items()), "training changed nothing"
 
     other, others = build(1)
@@ -141,14 +145,32 @@ def scramble(path: Path) -> None:
     path.write_bytes(b"\x80\x04" + b"q" * (path.stat().st_size - 2))
 
 
+def flip(path: Path) -> None:
+    """Another letter in the middle of a marker's configuration; elsewhere another bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"[training]") + 1 if path.name == MARKER else len(data) // 2
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def replace_by_link(path: Path) -> None:
+    """The same content, of another folder's file."""
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
 DAMAGE = {
     "never committed": (lambda folder: (folder / MARKER).unlink(), "has no COMMITTED.json"),
     "marker cut off": (lambda folder: cut(folder / MARKER), "COMMITTED.json is cut off"),
-    "marker of another program": (lambda folder: (folder / MARKER).write_text('{"format_version": 99}'), "format_version 99"),
+    "marker of no program": (lambda folder: (folder / MARKER).write_text('{"format_version": "x"}'), "format_version 'x'"),
+    "marker with one byte flipped": (lambda folder: flip(folder / MARKER), "COMMITTED.json is damaged"),
+    "data with one byte flipped": (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp is damaged: its SHA-256"),
+    "index with one byte flipped": (lambda folder: flip(folder / ".metadata"), ".metadata is damaged: its SHA-256"),
+    "a link to outside": (lambda folder: replace_by_link(folder / "__0_0.distcp"), "__0_0.distcp is a symbolic link to outside"),
     "data cut off": (lambda folder: cut(folder / "__0_0.distcp"), "__0_0.distcp has"),
     "data missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "index missing": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
-    "index scrambled": (lambda folder: scramble(folder / ".metadata"), "refused"),
+    "index scrambled": (lambda folder: scramble(folder / ".metadata"), ".metadata is damaged: its SHA-256"),
 }
 
 

@@ -104,6 +104,7 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(monkeypatch: pyt
     sink.open(SinkContext(Path("unused"), "run", total_steps=1000))
     sink.log({**ROW, "memory_gib": 1.25, "eta_seconds": 3723.4}, 20)
     sink.log({"step": 20, "validation_loss": 6.5, "train_subset_loss": 6.25}, 20)
+    sink.log({"step": 20, "checkpoint_stall_seconds": 0.5, "checkpoint_upload_seconds": 1.5}, 20)  # an event says it
     sink.event("checkpoint saved")
     sink.close(None)
     assert stream.getvalue().splitlines() == [

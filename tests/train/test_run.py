@@ -28,7 +28,13 @@ def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
     assert result["tokens"] == 20 * 8 * 32
     assert sorted(losses(undisturbed)) == list(range(1, 21))
     assert [row["step"] for row in rows(undisturbed) if "validation_loss" in row] == [10, 20]
-    assert result["losses"]["validation"] == pytest.approx(rows(undisturbed)[-1]["validation_loss"])
+    measured = {row["step"]: row["validation_loss"] for row in rows(undisturbed) if "validation_loss" in row}
+    assert result["losses"]["validation"] == pytest.approx(measured[20])
+    markers = [json.loads(path.read_text()) for path in sorted(undisturbed.glob("checkpoints/*/COMMITTED.json"))]
+    assert {marker["step"]: marker["validation_loss"] for marker in markers} == {5: None, 15: None, **measured}
+    saves = [row for row in rows(undisturbed) if "checkpoint_stall_seconds" in row]
+    assert [row["step"] for row in saves] == [5, 10, 15, 20]
+    assert saves[-1]["checkpoint_stall_seconds"] > saves[-1]["checkpoint_upload_seconds"] > 0  # the last save is waited for
 
 
 def test_a_killed_run_resumes_to_bitwise_the_same_losses(folder: Path, undisturbed: Path) -> None:

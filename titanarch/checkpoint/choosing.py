@@ -1,10 +1,13 @@
 """Which checkpoint to load: the one committed last that verifies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from titanarch.checkpoint.config import Verification
 from titanarch.checkpoint.errors import CheckpointError
-from titanarch.checkpoint.marker import MARKER, Marker
+from titanarch.checkpoint.marker import MARKER, Marker, NewerFormatError
+from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.storage import Storage, step_of
+from titanarch.checkpoint.verifying import verify
 from titanarch.config.errors import ConfigError, Problem
 
 
@@ -16,35 +19,34 @@ class Choice:
     skipped: tuple[str, ...]
 
 
-def choose(storage: Storage, step: int = -1) -> Choice:
-    """The checkpoint committed last whose files all verify; only those of ``step`` unless it is -1.
+@dataclass
+class _Listed:
+    """What a folder of checkpoints holds: committed ones, the newest first, and why others are none."""
+
+    folders: list[str]
+    committed: list[tuple[str, Marker]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    any_damaged: bool = False
+
+
+def choose(storage: Storage, step: int = -1, *, how: Verification, processes: Processes) -> Choice:
+    """The checkpoint committed last whose files all verify; only those of ``step`` unless it is -1. Collective.
 
     Raises:
-        CheckpointError: there are committed checkpoints, and every one is damaged.
+        CheckpointError: there are committed checkpoints, and every one is damaged; or a newer program wrote one.
         ConfigError: there is no sound checkpoint of ``step``.
     """
-    committed: list[tuple[str, Marker]] = []
-    skipped: list[str] = []
-    any_damaged = False
-    folders = storage.folders()
-    for folder in (f for f in folders if step in (-1, step_of(f))):
-        try:
-            if storage.is_committed(folder):
-                committed.append((folder, storage.marker(folder)))
-            else:
-                skipped.append(f"{storage.path(folder)}: it has no {MARKER}; the run stopped while it was written or removed")
-        except (ValueError, OSError) as error:
-            any_damaged = True
-            skipped.append(f"{storage.path(folder)}: {error}")
-    for folder, marker in sorted(committed, key=lambda item: item[1].sequence, reverse=True):
-        problem = problem_of(storage, folder, marker)
+    listed = processes.from_first(lambda: _list(storage, step))
+    skipped, any_damaged = listed.skipped, listed.any_damaged
+    for folder, marker in listed.committed:
+        problem = verify(storage, folder, marker, how=how, processes=processes)
         if not problem:
             return Choice((folder, marker), tuple(skipped))
         any_damaged = True
         skipped.append(f"{storage.path(folder)}: {problem}")
     reasons = "; ".join(skipped)
     if step != -1:
-        there = ", ".join(folders) or "none"
+        there = ", ".join(listed.folders) or "none"
         message = f"no sound checkpoint of step {step} in {storage.location}; there: {there}" + (f"; {reasons}" if reasons else "")
         raise ConfigError(Problem(message, key="checkpoint.load_step"))
     if any_damaged:
@@ -52,40 +54,57 @@ def choose(storage: Storage, step: int = -1) -> Choice:
     return Choice(None, tuple(skipped))
 
 
-def problem_of(storage: Storage, folder: str, marker: Marker) -> str:
-    """Why a committed checkpoint does not verify; empty when it does."""
-    try:
-        problem = marker.problem(storage.sizes(folder))
-        if not problem:
-            storage.index(folder)
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return problem
+def _list(storage: Storage, step: int) -> _Listed:
+    """See ``choose``; the files are not looked at, but for the markers."""
+    listed = _Listed(storage.folders())
+    for folder in (f for f in listed.folders if step in (-1, step_of(f))):
+        try:
+            if storage.is_committed(folder):
+                listed.committed.append((folder, storage.marker(folder)))
+            else:
+                reason = f"it has no {MARKER}; the run stopped while it was written or removed"
+                listed.skipped.append(f"{storage.path(folder)}: {reason}")
+        except NewerFormatError as error:
+            raise CheckpointError(f"{storage.path(folder)}: {error}") from error
+        except (ValueError, OSError) as error:
+            listed.any_damaged = True
+            listed.skipped.append(f"{storage.path(folder)}: {error}")
+    listed.committed.sort(key=lambda item: item[1].sequence, reverse=True)
+    return listed
 
 
-def find(path: str) -> tuple[Storage, str, Marker]:
-    """The checkpoint at ``path``: the folder of one checkpoint, or a folder of several, of which the one committed last.
+def find(path: str, *, key: str = "", how: Verification, processes: Processes) -> tuple[Storage, str, Marker]:
+    """The checkpoint at ``path``: the folder of one checkpoint, or a folder of several, of which the one committed last. Collective.
 
-    ConfigError where there is no sound one.
+    ConfigError where there is no sound one; ``key`` is what the path was given by.
     """
-    key = "checkpoint.initial_load_path"
-    location, _, name = path.rstrip("/").rpartition("/")
-    if "/" not in path.rstrip("/"):
-        location = "."
-    if step_of(name) is None:
-        storage = Storage(path)
-        choice = choose(storage)
+    location, name = split_path(path)
+    storage = Storage(location)
+    if not name:
+        choice = choose(storage, how=how, processes=processes)
         if choice.found is None:
             raise ConfigError(
                 Problem(f"{path} holds no committed checkpoint; give the folder of one, or of several (step-00000100 ...)", key=key)
             )
         return storage, *choice.found
-    storage = Storage(location or "/")
-    try:
-        marker = storage.marker(name)
-    except (ValueError, OSError) as error:
-        raise ConfigError(Problem(f"{path} is no committed checkpoint: {error}", key=key)) from error
-    problem = problem_of(storage, name, marker)
+    marker = processes.from_first(lambda: _marker(storage, name, path, key))
+    problem = verify(storage, name, marker, how=how, processes=processes)
     if problem:
         raise ConfigError(Problem(f"{path} is damaged: {problem}", key=key))
     return storage, name, marker
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The folder of checkpoints, and the name of the one that ``path`` leads to; "" where it leads to the folder."""
+    trimmed = path.rstrip("/") or "/"
+    location, slash, name = trimmed.rpartition("/")
+    if step_of(name) is None:
+        return trimmed, ""
+    return (location or "/") if slash else ".", name
+
+
+def _marker(storage: Storage, folder: str, path: str, key: str) -> Marker:
+    try:
+        return storage.marker(folder)
+    except (ValueError, OSError) as error:
+        raise ConfigError(Problem(f"{path} is no committed checkpoint: {error}", key=key)) from error

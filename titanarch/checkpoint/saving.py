@@ -3,19 +3,23 @@
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
-from torch.distributed.checkpoint.storage import StorageWriter
 
 from titanarch.checkpoint.errors import CheckpointError, save_failed
+from titanarch.checkpoint.hashing import FileRecord
 from titanarch.checkpoint.loading import State, leaves_of, values_name
 from titanarch.checkpoint.marker import Marker
 from titanarch.checkpoint.processes import Processes
+from titanarch.checkpoint.retention import Retention, superfluous
 from titanarch.checkpoint.storage import Storage, folder_name
+from titanarch.checkpoint.torch_io import LocalWriter, UrlWriter, records_of
 from titanarch.checkpoint.values import encode
 
 logger = logging.getLogger(__name__)
@@ -43,51 +47,73 @@ def collect(state: State, processes: Processes) -> dict[str, Tensor]:
     return tensors
 
 
-def stage(tensors: dict[str, Tensor], *, shared: bool) -> dict[str, Tensor]:
-    """A copy on the CPU, finished on return; in memory that another process can map where ``shared``.
+class Staging:
+    """Copies of a state on the CPU, one at a time, in memory that another process can map where ``shared``.
 
-    The copy must not happen in the background: the next optimizer step writes in place and would tear it.
+    The memory is kept from one copy to the next, for the system takes about as long to hand out fresh pages as the copy
+    itself. So a copy is valid until the next one: its upload must have ended by then.
     """
-    stager = DefaultStager(
-        StagingOptions(use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False)
-    )
-    try:
-        staged = stager.stage(tensors)
-    except RuntimeError as error:
-        if not shared:
-            raise
-        raise CheckpointError(
-            f"no shared memory for a copy of the state ({error}); enlarge /dev/shm or use checkpoint.async_mode = 'async'"
-        ) from error
-    finally:
-        stager.close()
-    assert isinstance(staged, dict), "a stager that does not stage in the background returns the copy"
-    return staged
+
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
+        self._stager = DefaultStager(
+            StagingOptions(use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False)
+        )
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy, finished on return: made in the background, the next optimizer step would write in place and tear it."""
+        try:
+            staged = self._stager.stage(tensors)
+        except RuntimeError as error:
+            if not self._shared:
+                raise
+            raise CheckpointError(
+                f"no shared memory for a copy of the state ({error}); enlarge /dev/shm or use checkpoint.async_mode = 'async'"
+            ) from error
+        assert isinstance(staged, dict), "a stager that does not stage in the background returns the copy"
+        return staged
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stager.close()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What goes into the marker of a save beside its files; ``validation_loss``: None where none was measured at the step."""
+
+    step: int
+    config_text: str
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A committed checkpoint: its place, and the seconds from the first file to the marker."""
+
+    path: str
+    n_bytes: int
+    seconds: float
 
 
 def upload(
-    storage: Storage,
-    processes: Processes,
-    tensors: dict[str, Tensor],
-    *,
-    step: int,
-    config_text: str,
-    own_process: bool,
-    keep_latest_k: int,
-) -> None:
+    storage: Storage, processes: Processes, tensors: dict[str, Tensor], *, what: Commit, own_process: bool, retention: Retention
+) -> Uploaded:
     """Write, commit, prune. Collective; runs in the background. CheckpointError where the checkpoint was not committed."""
     start = time.monotonic()
-    folder = processes.from_first(lambda: fresh_folder(storage, step))
+    folder = processes.from_first(lambda: fresh_folder(storage, what.step))
     try:
-        _write(tensors, storage.writer(folder), processes, own_process=own_process)
-        processes.from_first(lambda: commit(storage, folder, step=step, world_size=processes.count, config_text=config_text))
+        files = records_of(_write(tensors, storage.writer(folder), processes, own_process=own_process))
+        processes.from_first(lambda: commit(storage, folder, what, files=files, world_size=processes.count))
     except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
         if processes.rank == 0:
             _discard(storage, folder)
         raise save_failed(error, storage.path(folder)) from error
+    seconds = time.monotonic() - start
     if processes.rank == 0:
-        logger.info("saved %s in %.1f s", storage.path(folder), time.monotonic() - start)
-        _prune(storage, keep_latest_k)
+        logger.info("saved %s in %.1f s", storage.path(folder), seconds)
+        _prune(storage, retention)
+    return Uploaded(storage.path(folder), sum(record.bytes for record in files.values()), seconds)
 
 
 def fresh_folder(storage: Storage, step: int) -> str:
@@ -106,21 +132,33 @@ def fresh_folder(storage: Storage, step: int) -> str:
     return folder_name(step, attempt)
 
 
-def commit(storage: Storage, folder: str, *, step: int, world_size: int, config_text: str) -> None:
-    """Write the marker. Only process 0, and only after the upload of every process."""
-    sequence = 1 + max((marker.sequence for _, marker in _committed(storage)), default=0)
-    files = storage.sizes(folder)
+def commit(storage: Storage, folder: str, what: Commit, *, files: Mapping[str, FileRecord], world_size: int) -> None:
+    """Write the marker. Only process 0, and only after the upload of every process.
+
+    CheckpointError where a file is not in the storage as it was written.
+    """
+    sequence = 1 + max((marker.sequence for _, marker in committed(storage)), default=0)
+    marker = Marker.make(
+        what.step,
+        sequence=sequence,
+        world_size=world_size,
+        config=what.config_text,
+        files=files,
+        validation_loss=what.validation_loss,
+    )
+    problem = marker.problem(storage.sizes(folder))
+    if problem:
+        raise CheckpointError(f"{storage.path(folder)}: {problem} after it was written; the checkpoint was not committed")
     try:
-        storage.write_marker(folder, Marker.make(step, sequence=sequence, world_size=world_size, config=config_text, files=files))
+        storage.write_marker(folder, marker)
     except OSError as error:
         raise save_failed(error, storage.path(folder)) from error
 
 
-def _write(tensors: dict[str, Tensor], writer: StorageWriter, processes: Processes, *, own_process: bool) -> None:
+def _write(tensors: dict[str, Tensor], writer: LocalWriter | UrlWriter, processes: Processes, *, own_process: bool) -> Metadata:
     """Every process writes its part; returns once all have."""
     if not own_process:
-        save(tensors, storage_writer=writer, process_group=processes.group)
-        return
+        return save(tensors, storage_writer=writer, process_group=processes.group, no_dist=not processes.distributed)
     response = async_save(
         tensors,
         storage_writer=writer,
@@ -128,11 +166,13 @@ def _write(tensors: dict[str, Tensor], writer: StorageWriter, processes: Process
         async_checkpointer_type=AsyncCheckpointerType.PROCESS,
         async_stager=_AlreadyStaged(),
     )
-    (response.upload_completion if isinstance(response, AsyncSaveResponse) else response).result()
+    saved = (response.upload_completion if isinstance(response, AsyncSaveResponse) else response).result()
+    assert isinstance(saved, Metadata), "the process that saves hands back what save returns"
+    return saved
 
 
 class _AlreadyStaged(AsyncStager):
-    """The copy has been made by ``stage``."""
+    """The copy has been made by ``Staging``."""
 
     def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
         return state_dict
@@ -144,7 +184,7 @@ class _AlreadyStaged(AsyncStager):
         return
 
 
-def _committed(storage: Storage) -> list[tuple[str, Marker]]:
+def committed(storage: Storage) -> list[tuple[str, Marker]]:
     """Committed checkpoints with a readable marker, oldest first."""
     found = []
     for folder in storage.folders():
@@ -156,12 +196,10 @@ def _committed(storage: Storage) -> list[tuple[str, Marker]]:
     return sorted(found, key=lambda item: item[1].sequence)
 
 
-def _prune(storage: Storage, keep_latest_k: int) -> None:
-    """Remove all but the newest ``keep_latest_k`` committed checkpoints; a failure only warns, for the new one is safe."""
-    if keep_latest_k == 0:
-        return
+def _prune(storage: Storage, retention: Retention) -> None:
+    """Remove the checkpoints that are not to be kept; a failure only warns, for the new one is safe."""
     try:
-        for folder, _ in _committed(storage)[:-keep_latest_k]:
+        for folder in superfluous(committed(storage), retention):
             storage.remove(folder)
     except OSError as error:
         logger.warning("an old checkpoint could not be removed: %s", error)

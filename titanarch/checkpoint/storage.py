@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.storage import StorageReader
 
+from titanarch.checkpoint.hashing import CHUNK_BYTES, sha256_of
 from titanarch.checkpoint.marker import MARKER, Marker
 from titanarch.checkpoint.torch_io import METADATA, LocalReader, LocalWriter, UrlReader, UrlWriter, read_index
 
@@ -63,6 +65,33 @@ class Storage:
         prefix = len(self._fs._strip_protocol(start).rstrip("/")) + 1
         return {path[prefix:]: entry["size"] for path, entry in sorted(found.items()) if path[prefix:] != MARKER}
 
+    def sha256(self, folder: str, name: str) -> str:
+        """The SHA-256 of a file of a checkpoint, read in pieces; hex."""
+        with self._fs.open(self._inside(folder, name), "rb", block_size=CHUNK_BYTES) as stream:
+            return sha256_of(stream)
+
+    def link_outside(self, folder: str) -> str:
+        """The name of a file of a checkpoint that is a symbolic link to elsewhere, or ""; only disks have such links."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return ""
+        home = os.path.realpath(self._inside(folder))
+        for parent, folders, names in os.walk(self._inside(folder)):
+            for name in (*folders, *names):
+                path = os.path.join(parent, name)
+                if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):
+                    return os.path.relpath(path, self._inside(folder))
+        return ""
+
+    def exists(self) -> bool:
+        """Whether there is anything at the location."""
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._root))
+
+    def remove_all(self) -> None:
+        """Delete the location with everything in it."""
+        if self.exists():
+            self._fs.rm(self._root, recursive=True)
+
     def write_marker(self, folder: str, marker: Marker) -> None:
         """Commit: the marker appears whole or not at all, and after everything else."""
         path = self._inside(folder, MARKER)
@@ -85,15 +114,20 @@ class Storage:
         if self._fs.exists(self._inside(folder)):
             self._fs.rm(self._inside(folder), recursive=True)
 
-    def writer(self, folder: str) -> StorageWriter:
+    def writer(self, folder: str) -> LocalWriter | UrlWriter:
         """What torch writes a checkpoint with; it refuses a folder that holds one."""
         if self.is_url:
-            return UrlWriter(self.path(folder), sync_files=False, overwrite=False)
-        return LocalWriter(self.path(folder), overwrite=False)
+            return UrlWriter(self.path(folder))
+        return LocalWriter(self.path(folder))
 
     def index(self, folder: str) -> Metadata:
         """The checked index of a checkpoint; CheckpointError where it cannot be read."""
-        return read_index(self._fs.cat_file(self._inside(folder, METADATA)), f"{self.path(folder)}/{METADATA}")
+        return read_index(self.index_bytes(folder), f"{self.path(folder)}/{METADATA}")
+
+    def index_bytes(self, folder: str) -> bytes:
+        """The file that holds the index, not to be trusted."""
+        data: bytes = self._fs.cat_file(self._inside(folder, METADATA))
+        return data
 
     def reader(self, folder: str, index: Metadata) -> StorageReader:
         """What torch reads a checkpoint with; ``index`` is its checked index."""

@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from titanarch.checkpoint.choosing import choose, find
-from titanarch.checkpoint.config import CheckpointConfig
+from titanarch.checkpoint.config import CheckpointConfig, Verification
 from titanarch.checkpoint.loading import State, read, read_initial
-from titanarch.checkpoint.marker import Marker
 from titanarch.checkpoint.processes import Processes
-from titanarch.checkpoint.saving import collect, stage, upload
+from titanarch.checkpoint.retention import Retention
+from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, upload
 from titanarch.checkpoint.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,40 @@ class LoadedStep:
     skipped: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A save that is committed.
+
+    ``stall_seconds``: how long ``save`` held training up: the wait for the upload before it, the copy, and the upload
+    where it is not in the background. ``upload_seconds``: from the first file to the marker.
+    """
+
+    step: int
+    path: str
+    n_bytes: int
+    stall_seconds: float
+    upload_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"saved {self.path}: {self.n_bytes / 1e6:,.1f} MB; training waited {self.stall_seconds:.2f} s, "
+            f"the upload took {self.upload_seconds:.2f} s"
+        )
+
+
+@dataclass
+class _Pending:
+    """A save that may still be running."""
+
+    step: int
+    upload: "Future[Uploaded]"
+    stall_seconds: float = 0.0
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run.
 
-    ``torch.distributed`` must be initialized, also for one process. Every method but ``due`` and ``maybe_wait`` is
+    ``torch.distributed`` must be initialized, also for one process. Every method but ``due``, ``maybe_wait`` and ``take_saved`` is
     collective: all processes call it, in the same order. The checkpoints lie on storage that all processes see.
 
     A state is a dict of named objects with ``state_dict`` and ``load_state_dict`` (or plain dicts): nested dicts of
@@ -58,7 +89,9 @@ class Checkpointer:
         self.processes = Processes(timeout)
         self._upload_processes = Processes(timeout)  # used by the thread alone
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._staging = Staging(shared=config.async_mode == "process")
+        self._pending: _Pending | None = None
+        self._saved: list[Saved] = []
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
@@ -68,7 +101,7 @@ class Checkpointer:
         """The union of the processes' dicts of plain values, each key with one owner; see ``Processes.merge``."""
         return self.processes.merge(local)
 
-    def save(self, step: int, state: State, *, config_text: str, force_sync: bool = False) -> None:
+    def save(self, step: int, state: State, *, config_text: str, validation_loss: float | None = None, force_sync: bool = False) -> None:
         """Save ``state`` as of now. On return it is copied, so training may go on; the upload may still be running.
 
         Waits for the upload before this one. Does nothing where checkpoints are not enabled.
@@ -77,6 +110,7 @@ class Checkpointer:
             step: training steps done.
             state: the objects of the run.
             config_text: the resolved configuration, kept in the commit marker.
+            validation_loss: measured at this step, by which the best are kept; None where none was.
             force_sync: return only once the checkpoint is committed.
 
         Raises:
@@ -84,21 +118,25 @@ class Checkpointer:
         """
         if not self.config.enable:
             return
+        start = time.monotonic()
         self.wait()
         mode = "disabled" if force_sync and self.config.async_mode == "async" else self.config.async_mode
         tensors = collect(state, self.processes)
         if mode != "disabled":
-            tensors = stage(tensors, shared=mode == "process")
-        self._pending = self._thread.submit(
+            tensors = self._staging.copy(tensors)
+        running = self._thread.submit(
             upload,
             self._storage,
             self._upload_processes,
             tensors,
-            step=step,
-            config_text=config_text,
+            what=Commit(step, config_text, validation_loss),
             own_process=mode == "process",
-            keep_latest_k=self.config.keep_latest_k,
+            retention=Retention.of(self.config),
         )
+        self._pending = _Pending(step, running)
+        if force_sync or mode == "disabled":
+            running.exception()  # waits; what it is, wait() raises
+        self._pending.stall_seconds = time.monotonic() - start
         if force_sync or mode == "disabled":
             self.wait()
 
@@ -107,14 +145,20 @@ class Checkpointer:
 
         There is no copy to wait for: ``save`` returns only when its copy is finished.
         """
-        if self._pending is not None and self._pending.done():
+        if self._pending is not None and self._pending.upload.done():
             self.wait()
 
     def wait(self) -> None:
         """Until the last save is committed; raises CheckpointError where it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            done = pending.upload.result()
+            self._saved.append(Saved(pending.step, done.path, done.n_bytes, pending.stall_seconds, done.seconds))
+
+    def take_saved(self) -> list[Saved]:
+        """The saves that were found committed since the last call, in order. Not collective."""
+        saved, self._saved = self._saved, []
+        return saved
 
     def load(self, state: State) -> LoadedStep | None:
         """Resume from the checkpoint committed last that verifies, or from that of ``checkpoint.load_step``.
@@ -129,7 +173,7 @@ class Checkpointer:
         if not self.config.enable:
             return None
         self.wait()
-        return load(self._storage.location, state, step=self.config.load_step, processes=self.processes)
+        return load(self._storage.location, state, step=self.config.load_step, how=self.config.verify, processes=self.processes)
 
     def load_initial(self, state: State) -> LoadedStep | None:
         """Start from ``checkpoint.initial_load_path``: the "model" of ``state`` or all of it, but for what is excluded.
@@ -142,8 +186,7 @@ class Checkpointer:
         path = self.config.initial_load_path
         if not path:
             return None
-        location, folder, marker = self.processes.from_first(lambda: _found(path))
-        storage = Storage(location)
+        storage, folder, marker = find(path, key="checkpoint.initial_load_path", how=self.config.verify, processes=self.processes)
         wanted = {MODEL: state[MODEL]} if self.config.initial_load_model_only else state
         read_initial(storage, folder, wanted, exclude=self.config.exclude_from_loading, processes=self.processes)
         return LoadedStep(marker.step, storage.path(folder), marker.world_size, marker.config, ())
@@ -154,17 +197,20 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._staging.close()
 
 
-def load(location: str | Path, state: State, *, step: int = -1, processes: Processes | None = None) -> LoadedStep | None:
+def load(
+    location: str | Path, state: State, *, step: int = -1, how: Verification = "checksums", processes: Processes | None = None
+) -> LoadedStep | None:
     """Load ``state`` from the checkpoint below ``location`` committed last that verifies, or from that of ``step``.
 
     For what reads a run and saves nothing, such as evaluation: works without ``torch.distributed`` on one process,
-    and is collective with it. None, and errors: as ``Checkpointer.load``.
+    and is collective with it. ``how``: what is compared before it is loaded. None, and errors: as ``Checkpointer.load``.
     """
     processes = processes or Processes(timedelta(hours=1))
     storage = Storage(location)
-    choice = processes.from_first(lambda: choose(storage, step))
+    choice = choose(storage, step, how=how, processes=processes)
     if processes.rank == 0:
         for reason in choice.skipped:
             logger.warning("skipped the checkpoint %s", reason)
@@ -173,11 +219,6 @@ def load(location: str | Path, state: State, *, step: int = -1, processes: Proce
     folder, marker = choice.found
     read(storage, folder, state, processes=processes)
     return LoadedStep(marker.step, storage.path(folder), marker.world_size, marker.config, choice.skipped)
-
-
-def _found(path: str) -> tuple[str, str, Marker]:
-    storage, folder, marker = find(path)
-    return storage.location, folder, marker
 
 
 def _location(run_folder: str | Path, folder: str) -> str:

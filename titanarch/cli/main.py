@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": Command("titanarch.cli.plan", "predict memory, communication and time of a run, on machines that are not here"),
     "coordcheck": Command("titanarch.cli.coordcheck", "train a few steps at several widths, and see whether activations move alike"),
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
+    "checkpoint": Command("titanarch.cli.checkpoint", "list, verify, compare and average checkpoints"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
     "check": Command("titanarch.cli.check", "check that a component, the package's or your own, keeps the contract"),
     "components": Command("titanarch.cli.components", "list everything that a model can be made of"),

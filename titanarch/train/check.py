@@ -1,5 +1,6 @@
 """What can be refused before launch, on any machine, all at once."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
 from titanarch.parallel.check import decide_division, technique_problems
 from titanarch.parallel.mesh import Degrees, resolve_degrees
-from titanarch.train.budget import build_budget
+from titanarch.train.budget import Budget, build_budget
 from titanarch.train.metrics.config import check_sinks
 from titanarch.train.profiling import check_profiling
 from titanarch.train.resolve import local_batch_size
@@ -40,6 +41,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
     collect(_check_schedule, config)
+    collect(_check_best, config)
     collect(_check_model, config, degrees, device_type)
     if problems:
         raise ConfigError(*problems)
@@ -63,10 +65,30 @@ def meta_model(config: RunConfig, vocab_size: int) -> Model:
 
 
 def _check_schedule(config: RunConfig) -> None:
+    build_schedule(config.lr_scheduler, _budget(config))
+
+
+def _budget(config: RunConfig) -> Budget:
     training = config.training
     per_step = training.global_batch_size * training.seq_len
-    budget = build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=per_step)
-    build_schedule(config.lr_scheduler, budget)
+    return build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=per_step)
+
+
+def _check_best(config: RunConfig) -> None:
+    """The best checkpoints are told by losses, so at least one before the end must have a loss."""
+    checkpoint, validation, key = config.checkpoint, config.validation, "checkpoint.keep_best_k"
+    if not checkpoint.enable or checkpoint.keep_best_k == 0:
+        return
+    if not validation.enable:
+        raise ConfigError(Problem("they are told by the validation loss, and validation.enable = false; set it to true, or this to 0", key))
+    total, meeting = _budget(config).total_steps, math.lcm(checkpoint.interval, validation.interval)
+    if total is not None and meeting >= total:
+        message = (
+            f"no checkpoint of a run of {total} steps would have a validation loss but its last: checkpoint.interval = "
+            f"{checkpoint.interval} and validation.interval = {validation.interval} first meet at step {meeting}; "
+            "make one a multiple of the other, or set this to 0"
+        )
+        raise ConfigError(Problem(message, key))
 
 
 def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -> None:

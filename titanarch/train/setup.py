@@ -112,7 +112,8 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism:
     config = config.model_copy(update={"parallelism": parallelism or ParallelismConfig()})
     tokenizer = build_tokenizer(config.data.tokenizer)
     built = build_model(config, processes, vocabulary(config, tokenizer.vocab_size), trains=False)
-    loaded = load(checkpoint_location(folder, config.checkpoint), {"model": ModelState(built.model)}, step=step)
+    state, how = {"model": ModelState(built.model)}, config.checkpoint.verify
+    loaded = load(checkpoint_location(folder, config.checkpoint), state, step=step, how=how)
     if loaded is None:
         raise ConfigError(Problem(f"{folder} has no committed checkpoint; train with checkpoint.enable = true"))
     built.model.eval()

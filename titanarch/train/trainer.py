@@ -121,10 +121,12 @@ class Trainer:
             self._loop(profiler.step, garbage.after_step)
             losses = self._validate()
             if self.config.checkpoint.last_save and self.progress.step > first_step:
-                self._save(last=True)
+                self._save(losses, last=True)
             result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
+            self.checkpointer.wait()
+            self._log_saved()
             self.log.close(result)
         return result
 
@@ -136,6 +138,7 @@ class Trainer:
             step = self.progress.step + 1
             self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
             self.checkpointer.maybe_wait()
+            self._log_saved()
             outcome = self.train_step(step, [next(batches) for _ in range(n_batches)])
             self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
             self.processes.watch.finished(step)
@@ -158,10 +161,10 @@ class Trainer:
             counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
             self.log.log({**row, **counts})
         validation = self.config.validation
-        if validation.enable and step % validation.interval == 0 and not self.budget.done:
-            self._validate()
+        validates = validation.enable and step % validation.interval == 0 and not self.budget.done
+        losses = self._validate() if validates else {}
         if saves:
-            self._save(last=False)
+            self._save(losses, last=False)
 
     def _validate(self) -> dict[str, float]:
         """Losses on the fixed rows, logged; {} where validation is off."""
@@ -205,10 +208,21 @@ class Trainer:
             "random": RandomState(self.checkpointer.processes),
         }
 
-    def _save(self, *, last: bool) -> None:
+    def _save(self, losses: dict[str, float], *, last: bool) -> None:
+        """``losses``: as ``_validate`` measured them at this step; {} where it did not."""
         self.guard.check()
+        loss = losses.get("validation_loss")
         with self.meter.paused(), self.budget.stopwatch.paused():
-            self.checkpointer.save(self.progress.step, self._state(), config_text=dump_toml(self.config), force_sync=last)
+            state, text = self._state(), dump_toml(self.config)
+            self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
+        self._log_saved()
+
+    def _log_saved(self) -> None:
+        """A row and a sentence for each save that is committed by now; the row's step is that of the checkpoint."""
+        for saved in self.checkpointer.take_saved():
+            seconds = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_upload_seconds": saved.upload_seconds}
+            self.log.log({"step": saved.step, **seconds})
+            self.log.event(str(saved))
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""

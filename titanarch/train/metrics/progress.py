@@ -81,8 +81,9 @@ class ProgressSink(Sink):
 
     def log(self, row: Row, step: int) -> None:
         if "loss" not in row:
-            self.event(validation_line(row, step))
-            return
+            if any(key.endswith("_loss") for key in row):
+                self.event(validation_line(row, step))
+            return  # the times of a save are said by an event
         self._line = training_line(row, step, total_steps=self._total_steps)
         if self._live is None:
             print(self._line, file=sys.stderr, flush=True)

@@ -1,8 +1,10 @@
-"""Rows of metrics, and ``metrics.jsonl``, the file that holds them: one JSON object a line, in order.
+"""Rows of metrics, and ``metrics.jsonl``, the file that holds them: one JSON object a line.
 
 A training row has ``step, tokens, loss, grad_norm, lr, tokens_per_second, step_seconds, data_seconds, mfu,
 memory_gib, eta_seconds`` and what the trainer adds (``epoch, skipped_steps``, auxiliary terms); a validation row has
-``step, tokens, validation_loss`` and further ``*_loss`` keys. NaN and infinities are written as null and read as NaN.
+``step, tokens, validation_loss`` and further ``*_loss`` keys. A checkpoint's row has ``step,
+checkpoint_stall_seconds, checkpoint_upload_seconds``; it is written when the upload has ended, so rows of later steps
+may stand before it. NaN and infinities are written as null and read as NaN.
 """
 
 import json
