@@ -93,7 +93,7 @@ def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pyte
     shown = capsys.readouterr().out
     table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}}
     tokenizer = BytesTokenizer(BytesConfig())
-    rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5)
+    rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5, packing="concat")
     assert shown.startswith("row 2: 40 tokens, ")
     text = "".join(line for line in shown.splitlines()[1:] if not line.startswith("--- "))
     assert text == tokenizer.decode(rows.read(2, 1).tokens_BS[0, :-1])

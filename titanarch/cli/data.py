@@ -22,8 +22,10 @@ from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
 from titanarch.data.index_writer import staged
 from titanarch.data.indexed import IndexedData
+from titanarch.data.packing import Packing, PackingCounts, counts
 from titanarch.data.prepare import prepare
 from titanarch.data.rows import IndexedRows
+from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import Split, TokensConfig
 from titanarch.data.split import SplitSource, has_validation
 from titanarch.data.streams import StreamReader, stream_windows
@@ -122,10 +124,22 @@ def _inspect(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace
     low, p10, median, p90, high = np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int)
     print(f"{args.split}: {_totals(data)}" + (", checksums right" if args.verify else ""))
     print(f"tokens a document: shortest {low:,}, p10 {p10:,}, median {median:,}, p90 {p90:,}, longest {high:,}")
+    seq_len = args.seq_len or settings.seq_len
+    if args.split == "train" and seq_len:
+        _print_packing(counts(settings.data.packing, data.starts, seq_len=seq_len), settings.data.packing, seq_len)
     if args.documents:
         print(f"{'tokens':>10} {'bytes':>12}  document")
     for document, length in zip(data[: args.documents], lengths.tolist(), strict=False):
         print(f"{length:>10,} {document.n_bytes:>12,}  {document.id}")
+
+
+def _print_packing(made: PackingCounts, packing: Packing, seq_len: int) -> None:
+    """What the documents become as rows."""
+    real, targets = made.real / max(1, made.places), made.targets / max(1, made.places)
+    print(
+        f"packing {packing}, {seq_len:,} tokens a row: {made.rows:,} rows an epoch, {real:.2%} real tokens, {targets:.2%} targets; "
+        f"{made.cut:,} documents cut ({made.cut / made.documents:.2%}), {made.unused:,} tokens in no row"
+    )
 
 
 def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) -> Batch:
@@ -139,14 +153,25 @@ def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) ->
         n_streams = config.streams or settings.global_batch_size
         if n_streams < 1:
             raise ConfigError("--row of streamed data wants --config, or the number of streams by --data.streams")
-        source, stream = SplitSource(config, "train"), row % n_streams
-        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=n_streams, streams=[stream], cursors={})
+        if config.shuffle_documents and seed is None:
+            raise ConfigError("--row wants the seed that shuffles the documents: debug.seed of --config, or --seed")
+        source, stream, shuffle = SplitSource(config, "train"), row % n_streams, Shuffle(config.shuffle_documents, seed or 0)
+        reader = StreamReader(
+            source,
+            tokenizer,
+            seq_len=seq_len,
+            n_streams=n_streams,
+            streams=[stream],
+            cursors={},
+            packing=config.packing,
+            shuffle=shuffle,
+        )
         for _ in range(row // n_streams):
             reader.next_row(stream)
         return make_batch(stream_windows([reader.next_row(stream)], np.array([row])))
     if seed is None:
         raise ConfigError("--row wants the seed that orders the rows: debug.seed of --config, or --seed")
-    return make_batch(IndexedRows(documents(config, "train", tokenizer), seq_len=seq_len, seed=seed).read(row, 1))
+    return make_batch(IndexedRows(documents(config, "train", tokenizer), seq_len=seq_len, seed=seed, packing=config.packing).read(row, 1))
 
 
 def _print_row(batch: Batch, tokenizer: Tokenizer) -> None:

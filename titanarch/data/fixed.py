@@ -10,7 +10,8 @@ from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.indexed import IndexedData
-from titanarch.data.rows import mask_past_end, read_windows
+from titanarch.data.rows import read_windows
+from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import Split
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import StreamReader, StreamRow, stream_windows
@@ -63,9 +64,7 @@ class _IndexedSubset:
         return len(self._window_B)
 
     def batch(self, row_B: np.ndarray) -> Batch:
-        window_B = self._window_B[row_B]
-        batch = make_batch(read_windows(self._data, window_B, row_B=row_B, seq_len=self.seq_len))
-        return mask_past_end(batch, self._data.n_tokens - window_B * self.seq_len)
+        return make_batch(read_windows(self._data, self._window_B[row_B], row_B=row_B, seq_len=self.seq_len))
 
 
 class _StreamSubset:
@@ -73,7 +72,7 @@ class _StreamSubset:
 
     def __init__(self, source: SplitSource, tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
         self.seq_len = seq_len
-        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={})
+        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0))
         self._rows: list[StreamRow] = []
         while len(self._rows) < n_rows and (row := reader.next_row(0)).cursor.epoch == 0:
             self._rows.append(row)
