@@ -8,11 +8,11 @@ import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.batch import Batch, make_batch
-from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.layout import RowLayout
-from titanarch.data.rows import IndexedRows
+from titanarch.data.mixed_rows import training_rows
+from titanarch.data.rows import RunRows
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
@@ -55,7 +55,19 @@ class RowLoader(ABC, Iterator[Batch]):
     def rows_per_epoch(self) -> int | None:
         """Rows of a pass over the training data; None where it is not known."""
 
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        """Passes over each source of a mixture that are behind, by its name; empty where there is one source."""
+        return {}
+
+    @property
+    def ended(self) -> str:
+        """Why the step that comes next cannot be had; empty where it can. Asked for between steps."""
+        return ""
+
     def __next__(self) -> Batch:
+        if self._micro_batch == 0 and (reason := self.ended):
+            raise data_error(reason, key="data.source.sources")
         batch = self._load(self.layout.first_row(self._step, self._micro_batch))
         self._micro_batch += 1
         if self._micro_batch == self.accumulation_steps:
@@ -101,9 +113,9 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class IndexedLoader(RowLoader):
-    """Rows of tokenized data in a seeded order, a new one each epoch."""
+    """Rows of tokenized data in a seeded order, a new one each epoch, or of several such data."""
 
-    def __init__(self, rows: IndexedRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
+    def __init__(self, rows: RunRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
         super().__init__(layout, seq_len=rows.seq_len, fingerprint=rows.fingerprint, start_row=start_row)
         self.rows = rows
         self._n_workers = n_workers
@@ -111,11 +123,26 @@ class IndexedLoader(RowLoader):
 
     @property
     def epoch(self) -> int:
-        return self.next_row // self.rows.n_windows
+        return self.rows.epoch(self.next_row)
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self.rows.n_windows
+    def rows_per_epoch(self) -> int | None:
+        return self.rows.rows_per_epoch
+
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        return self.rows.source_epochs(self.next_row)
+
+    @property
+    def ended(self) -> str:
+        return self.rows.ended(self.next_row + self.layout.global_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self.rows.state(self.next_row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rows.begin_at(state)
 
     def _load(self, first_row: int) -> Batch:
         if self._n_workers == 0:
@@ -234,7 +261,7 @@ def build_loader(
     """
     layout = RowLayout(global_batch_size, local_batch_size, dp_rank, dp_degree)
     if config.mode == "indexed":
-        rows = IndexedRows(open_tokens(config, "train", tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
+        rows = training_rows(config, tokenizer, seq_len=seq_len, seed=seed)
         return IndexedLoader(rows, layout, n_workers=config.workers, start_row=start_row)
     source = SplitSource(config, "train")
     return StreamedLoader(source, tokenizer, layout, seq_len=seq_len, config=config, seed=seed, start_row=start_row)

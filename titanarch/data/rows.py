@@ -4,6 +4,8 @@ Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows, P piece
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +19,37 @@ ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a r
 
 
 class RunRows(ABC):
-    """The rows of a run, of ``seq_len`` tokens each. ``fingerprint`` is a hash of the data they come from."""
+    """The rows of a run, of ``seq_len`` tokens each. ``fingerprint`` is a hash of the data they come from.
+
+    ``rows_per_epoch``: rows of a pass over the data; None where there is no such number.
+    """
 
     seq_len: int
     fingerprint: str
+    rows_per_epoch: int | None
 
     @abstractmethod
     def read(self, first_row: int, n_rows: int) -> Windows:
         """Rows ``first_row`` to ``first_row + n_rows``."""
+
+    @abstractmethod
+    def epoch(self, row: int) -> int:
+        """Whole passes over the data before ``row``."""
+
+    def source_epochs(self, row: int) -> dict[str, float]:
+        """Passes over each source before ``row``, by its name; none where there is one source."""
+        return {}
+
+    def ended(self, end_row: int) -> str:
+        """Why the rows before ``end_row`` are not all there; empty where they are."""
+        return ""
+
+    def state(self, row: int) -> dict[str, Any]:
+        """What has to be known to go on at ``row``, as JSON values."""
+        return {}
+
+    def begin_at(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most rows follow from their numbers
+        """Go on where ``state`` was taken; rows before it are not read again."""
 
 
 class IndexedRows(RunRows):
@@ -42,6 +67,7 @@ class IndexedRows(RunRows):
         self._seed = seed
         self._plan = None if packing == "concat" else plan(packing, data.starts, seq_len=seq_len)
         self.n_windows = (data.n_tokens - 1) // seq_len if self._plan is None else self._plan.n_rows
+        self.rows_per_epoch = self.n_windows
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         if self.n_windows < 1:
             raise ConfigError(
@@ -56,6 +82,9 @@ class IndexedRows(RunRows):
     def tokens_per_row(self) -> float:
         """Tokens of a row that are no padding, on average."""
         return self.seq_len if self._plan is None else float(np.minimum(self._plan.size_P, self.seq_len).sum() / self.n_windows)
+
+    def epoch(self, row: int) -> int:
+        return row // self.n_windows
 
     def windows(self, first_row: int, n_rows: int) -> np.ndarray:
         """The windows of rows ``first_row`` to ``first_row + n_rows``, int64 [n_rows]."""

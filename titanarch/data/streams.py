@@ -1,8 +1,9 @@
 """Streamed rows: documents tokenized on the fly, in R logical streams.
 
-Document i of a split, in the order that ``Shuffle`` gives it, goes to stream i mod R. A stream is its documents end to end; its
-rows are windows of T + 1 tokens, T apart; or each document is a row, padded. At the end of the source every stream begins it again. One reader goes through the source once for
-all the streams it serves; the documents of a stream that is behind are put aside meanwhile.
+Document i of a split, in the order that ``Shuffle`` gives it, goes to stream i mod R. A stream is its documents end to
+end; its rows are windows of T + 1 tokens, T apart; or each document is a row, padded. At the end of the source every
+stream begins it again. One reader goes through the source once for all the streams it serves; the documents of a
+stream that is behind are put aside meanwhile.
 """
 
 import tempfile
