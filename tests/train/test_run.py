@@ -84,7 +84,7 @@ def test_a_run_ends_with_the_source_that_ends_it(folder: Path) -> None:
         sources.append(
             f'{{source = {{kind = "jsonl", paths = ["{folder}/{name}.jsonl"]}}, name = "{name}", weight = 1, at_end = "{at_end}"}}'
         )
-    overrides = ["--data.source", f'{{kind = "mixture", sources = [{", ".join(sources)}]}}', "--metrics.sinks", '["jsonl", "console"]']
+    overrides = ["--data.source", f'{{kind = "mixture", sources = [{", ".join(sources)}]}}', "--metrics.sinks", '["jsonl", "progress"]']
     overrides += [
         "--data.validation",
         f'{{kind = "jsonl", paths = ["{folder}/short.jsonl"]}}',
