@@ -203,6 +203,9 @@ def test_the_training_subset_has_the_shares(mixture_of: Callable[..., DataConfig
 
 def test_what_is_wrong_with_a_source_names_it(mixture_of: Callable[..., DataConfig], tmp_path: Path) -> None:
     config = mixture_of({"a": {"weight": 1.0}, "b": {"weight": 1.0}})
+    write_jsonl(tmp_path / "b.jsonl", ["short"])
+    with pytest.raises(ConfigError, match=r"\[training\] seq_len: in the source b, the training data have 6 tokens, too few for one row"):
+        loader_of(config, rows=1, local=1, rank=0, degree=1)
     (tmp_path / "b.jsonl").write_text("no json")
     with pytest.raises(ConfigError, match=r"b.jsonl:1: is not JSON"):
         loader_of(config, rows=1, local=1, rank=0, degree=1)

@@ -24,7 +24,8 @@ class Batch:
     start even when the window cut the document before. ``document_BT`` int64: number of the document in its row,
     from 0. ``row_B`` int64: number of the row in the run, -1 for a row that only fills a last batch.
     ``cu_seqlens`` int32 [B * T + 1]: where documents start in the flattened batch, padded with B * T to a length
-    that never changes. ``packed``: whether any row shows more than one document.
+    that never changes. ``packed``: whether any row shows more than one document, padding
+    being one.
     """
 
     tokens_BT: Tensor

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Windows
 from titanarch.data.cache import open_mixture, open_tokens
 from titanarch.data.config import DataConfig
@@ -27,7 +29,12 @@ class MixedRows(RunRows):
         self.config = config
         self.seq_len = seq_len
         self.rows_per_epoch = None
-        self.sources = [IndexedRows(one, seq_len=seq_len, seed=seed, packing=packing) for one in data]
+        self.sources: list[IndexedRows] = []
+        for name, one in zip(config.names, data, strict=True):
+            try:
+                self.sources.append(IndexedRows(one, seq_len=seq_len, seed=seed, packing=packing))
+            except ConfigError as error:
+                raise ConfigError(*(replace(each, message=f"in the source {name}, {each.message}") for each in error.problems)) from error
         self.fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in self.sources).encode()).hexdigest()
         self._plan = MixturePlan(mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources]))
 
