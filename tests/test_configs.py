@@ -115,6 +115,12 @@ POSITION_ARMS = {
 }
 
 
+def test_packing_arms_differ_in_their_packing_alone() -> None:
+    assert differences("studies/packing/best_fit.toml", "studies/packing/concat.toml") == {"data.packing": "best_fit"}
+    training = loaded("studies/packing/concat.toml").training
+    assert training.steps * training.global_batch_size / 6_682 == pytest.approx(3.8, abs=0.05)
+
+
 @pytest.mark.parametrize("arm", POSITION_ARMS)
 def test_absolute_arms_differ_in_their_positions_alone(arm: str) -> None:
     assert differences(f"{POSITION}/{arm}.toml", f"{POSITION}/base.toml") == POSITION_ARMS[arm]

@@ -93,7 +93,7 @@ def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pyte
     shown = capsys.readouterr().out
     table = {"tokenizer": "bytes", "source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}}
     tokenizer = BytesTokenizer(BytesConfig())
-    rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5)
+    rows = IndexedRows(open_tokens(DataConfig.model_validate(table), "train", tokenizer), seq_len=40, seed=5, packing="concat")
     assert shown.startswith("row 2: 40 tokens, ")
     text = "".join(line for line in shown.splitlines()[1:] if not line.startswith("--- "))
     assert text == tokenizer.decode(rows.read(2, 1).tokens_BS[0, :-1])
@@ -112,3 +112,31 @@ def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pyte
 def test_what_inspect_refuses(arguments: list[str], message: str, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", *source, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_inspect_counts_what_packing_does(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 20 documents of 25 or 26 tokens, a row of 60 holds two."""
+    lengths = [len(text) + 1 for text in TEXTS]
+    for kind, rows, cut, real in (("best_fit", 10, 0, sum(lengths)), ("padded", 20, 0, sum(lengths))):
+        assert main(["data", "inspect", *source, "--data.packing", kind, "--seq-len", "60", "--documents", "0"]) == 0
+        assert capsys.readouterr().out.splitlines()[2] == (
+            f"packing {kind}, 60 tokens a row: {rows} rows an epoch, {real / (60 * rows):.2%} real tokens, "
+            f"{(real - 20) / (60 * rows):.2%} targets; {cut} documents cut (0.00%), 0 tokens in no row"
+        )
+
+
+def test_inspect_shows_a_mixture(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = f'{{kind = "jsonl", paths = ["{path}"]}}'
+    source = (
+        f'{{kind = "mixture", sources = [{{source = {one}, weight = 3}}, {{source = {one}, schedule = [[0, 1], [50, 2]], name = "b"}}]}}'
+    )
+    arguments = ["--data.source", source, "--data.tokenizer", "bytes"]
+    assert main(["data", "inspect", *arguments, "--documents", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "jsonl-0: weight 3 at row 0; repeat at its end"
+    assert lines[3] == "b: weight 1 at row 0, 2 at row 50; repeat at its end"
+    assert lines[1] == lines[4]
+    assert main(["data", "inspect", *arguments, "--row", "5", "--seq-len", "16", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("row 5: 16 tokens, ")
+    assert main(["data", "prepare", *arguments, "--out", "x"]) == 2
+    assert "prepare each source of the mixture by itself" in capsys.readouterr().err

@@ -79,3 +79,36 @@ def test_a_finished_run_says_so_and_trains_no_further(undisturbed: Path, folder:
     before = losses(undisturbed)
     train(write_config(folder, "undisturbed", folder / "cache"))
     assert losses(undisturbed) == before
+
+
+def test_a_run_ends_with_the_source_that_ends_it(folder: Path) -> None:
+    """Half of the rows are those of a source that has one pass; started again, the run has nothing left to do."""
+    sources = []
+    for name, n_words in (("long", 9000), ("short", 1500)):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": "one two three four " * (n_words // 4)}) + "\n")
+        at_end = "stop" if name == "short" else "repeat"
+        sources.append(
+            f'{{source = {{kind = "jsonl", paths = ["{folder}/{name}.jsonl"]}}, name = "{name}", weight = 1, at_end = "{at_end}"}}'
+        )
+    overrides = ["--data.source", f'{{kind = "mixture", sources = [{", ".join(sources)}]}}', "--metrics.sinks", '["jsonl", "progress"]']
+    overrides += [
+        "--data.validation",
+        f'{{kind = "jsonl", paths = ["{folder}/short.jsonl"]}}',
+        "--data.limit_documents",
+        "0",
+        "--data.packing",
+        "best_fit",
+        "--evaluation.enable",
+        "false",
+    ]
+    config = write_config(folder, "mixture", folder / "cache")
+    shown = train(config, *overrides)
+    result = json.loads((folder / "mixture" / "result.json").read_text())
+    last = rows(folder / "mixture")[-2]  # the row of the last step; that of validation follows
+    n_rows = round(result["step"] * 8 / 2 / last["epoch/short"])  # of a pass over the short source
+    assert result["step"] == 2 * n_rows // 8 < 20
+    assert f"the run ends before step {result['step'] + 1}: the source short has ended: its {n_rows} rows" in shown.stdout + shown.stderr
+    assert last["epoch/long"] < last["epoch/short"] <= 1
+    train(config, *overrides)
+    again = json.loads((folder / "mixture" / "result.json").read_text())
+    assert (again["step"], again["losses"]) == (result["step"], result["losses"])

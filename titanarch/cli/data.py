@@ -17,14 +17,17 @@ from titanarch.config.overrides import COMMAND_LINE, FILE_OPTIONS, override_tree
 from titanarch.config.section import Section
 from titanarch.config.tree import Node, Origin
 from titanarch.data.batch import Batch, make_batch
+from titanarch.data.cache import open_mixture
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
 from titanarch.data.index_writer import staged
 from titanarch.data.indexed import IndexedData
+from titanarch.data.mixed_rows import training_rows
+from titanarch.data.packing import Packing, PackingCounts, counts
 from titanarch.data.prepare import prepare
-from titanarch.data.rows import IndexedRows
-from titanarch.data.sources import Split, TokensConfig
+from titanarch.data.shuffle import Shuffle
+from titanarch.data.sources import MixtureConfig, Split, TokensConfig
 from titanarch.data.split import SplitSource, has_validation
 from titanarch.data.streams import StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
@@ -89,6 +92,8 @@ def _settings(args: argparse.Namespace) -> _Settings:
 
 def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int) -> None:
     """Write every split to a folder of its own in ``out``, all or nothing."""
+    if isinstance(config.source, MixtureConfig):
+        raise ConfigError(Problem("prepare each source of the mixture by itself, and let the mixture name the folders", key="data.source"))
     if isinstance(config.source, TokensConfig):
         raise ConfigError(Problem("the source is prepared already; name a source of text", key="data.source"))
     if out.exists():
@@ -115,17 +120,40 @@ def _inspect(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace
         batch = _row(settings, tokenizer, args)
         _print_row(batch, tokenizer)
         return
-    data = documents(settings.data, args.split, tokenizer)
+    seq_len = args.seq_len or settings.seq_len
+    source = settings.data.source
+    if args.split == "train" and isinstance(source, MixtureConfig):
+        for name, part, data in zip(source.names, source.sources, open_mixture(settings.data, tokenizer), strict=True):
+            weights = ", ".join(f"{weight:g} at row {row:,}" for row, weight in part.knots)
+            print(f"{name}: weight {weights}; {part.at_end} at its end")
+            _inspect_documents(data, settings.data.packing, seq_len, args)
+    else:
+        _inspect_documents(documents(settings.data, args.split, tokenizer), settings.data.packing, seq_len, args)
+
+
+def _inspect_documents(data: IndexedData, packing: Packing, seq_len: int, args: argparse.Namespace) -> None:
+    """Totals, lengths, what packing makes of them where ``seq_len`` is not 0, and the first documents."""
     if args.verify:
         data.verify()
     lengths = np.diff(data.starts)
     low, p10, median, p90, high = np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int)
     print(f"{args.split}: {_totals(data)}" + (", checksums right" if args.verify else ""))
     print(f"tokens a document: shortest {low:,}, p10 {p10:,}, median {median:,}, p90 {p90:,}, longest {high:,}")
+    if args.split == "train" and seq_len:
+        _print_packing(counts(packing, data.starts, seq_len=seq_len), packing, seq_len)
     if args.documents:
         print(f"{'tokens':>10} {'bytes':>12}  document")
     for document, length in zip(data[: args.documents], lengths.tolist(), strict=False):
         print(f"{length:>10,} {document.n_bytes:>12,}  {document.id}")
+
+
+def _print_packing(made: PackingCounts, packing: Packing, seq_len: int) -> None:
+    """What the documents become as rows."""
+    real, targets = made.real / max(1, made.places), made.targets / max(1, made.places)
+    print(
+        f"packing {packing}, {seq_len:,} tokens a row: {made.rows:,} rows an epoch, {real:.2%} real tokens, {targets:.2%} targets; "
+        f"{made.cut:,} documents cut ({made.cut / made.documents:.2%}), {made.unused:,} tokens in no row"
+    )
 
 
 def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) -> Batch:
@@ -139,14 +167,25 @@ def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) ->
         n_streams = config.streams or settings.global_batch_size
         if n_streams < 1:
             raise ConfigError("--row of streamed data wants --config, or the number of streams by --data.streams")
-        source, stream = SplitSource(config, "train"), row % n_streams
-        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=n_streams, streams=[stream], cursors={})
+        if config.shuffle_documents and seed is None:
+            raise ConfigError("--row wants the seed that shuffles the documents: debug.seed of --config, or --seed")
+        source, stream, shuffle = SplitSource(config, "train"), row % n_streams, Shuffle(config.shuffle_documents, seed or 0)
+        reader = StreamReader(
+            source,
+            tokenizer,
+            seq_len=seq_len,
+            n_streams=n_streams,
+            streams=[stream],
+            cursors={},
+            packing=config.packing,
+            shuffle=shuffle,
+        )
         for _ in range(row // n_streams):
             reader.next_row(stream)
         return make_batch(stream_windows([reader.next_row(stream)], np.array([row])))
     if seed is None:
         raise ConfigError("--row wants the seed that orders the rows: debug.seed of --config, or --seed")
-    return make_batch(IndexedRows(documents(config, "train", tokenizer), seq_len=seq_len, seed=seed).read(row, 1))
+    return make_batch(training_rows(config, tokenizer, seq_len=seq_len, seed=seed).read(row, 1))
 
 
 def _print_row(batch: Batch, tokenizer: Tokenizer) -> None:

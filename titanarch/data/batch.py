@@ -24,7 +24,8 @@ class Batch:
     start even when the window cut the document before. ``document_BT`` int64: number of the document in its row,
     from 0. ``row_B`` int64: number of the row in the run, -1 for a row that only fills a last batch.
     ``cu_seqlens`` int32 [B * T + 1]: where documents start in the flattened batch, padded with B * T to a length
-    that never changes. ``packed``: whether any row shows more than one document.
+    that never changes. ``packed``: whether any row shows more than one document, padding
+    being one.
     """
 
     tokens_BT: Tensor
@@ -62,23 +63,27 @@ class Windows(NamedTuple):
 
     ``tokens_BS``: any integer dtype. Document e of the E that begin inside a window does so at token
     ``start_column_E[e]`` (1 to T) of row ``start_row_E[e]``; a beginning at token 0 is every row's and is not listed.
-    Both int64, in order. ``row_B``: numbers of the rows in the run.
+    Both int64, in order. ``row_B``: numbers of the rows in the run. ``real_B``, int64: how many tokens of a row are real; the rest
+    is padding, which is no target and begins where a document begins. None: there is no padding.
     """
 
     tokens_BS: np.ndarray
     start_row_E: np.ndarray
     start_column_E: np.ndarray
     row_B: np.ndarray
+    real_B: np.ndarray | None = None
 
 
 def make_batch(windows: Windows) -> Batch:
     """The rows with labels, positions and documents."""
-    tokens_BS, start_row_E, start_column_E, row_B = windows
+    tokens_BS, start_row_E, start_column_E, row_B, real_B = windows
     n_rows, n_columns = tokens_BS.shape
     length = n_columns - 1
     n_tokens = n_rows * length
     labels_BT = tokens_BS[:, 1:].astype(np.int64)
     labels_BT[start_row_E, start_column_E - 1] = IGNORED
+    if real_B is not None:
+        labels_BT[np.arange(1, n_columns) >= real_B[:, None]] = IGNORED
     starts = np.arange(0, n_tokens, length)  # in the flattened batch
     inside = start_column_E < length  # a start at token T shows in the labels alone
     packed = bool(inside.any())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -13,7 +14,7 @@ from titanarch.data.errors import DataError, data_error
 from titanarch.data.index_writer import VERSION, staged
 from titanarch.data.indexed import IndexedData
 from titanarch.data.prepare import prepare
-from titanarch.data.sources import Split, TokensConfig, TokensSource
+from titanarch.data.sources import MixtureConfig, Split, TokensConfig, TokensSource
 from titanarch.data.split import SplitSource, has_validation, no_validation, open_source
 from titanarch.data.tokenizers import Tokenizer
 
@@ -26,6 +27,7 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     A text source is tokenized at the first call, by one process while the others of this machine wait, and found
     again as long as neither its files, the tokenizer nor the limit of documents have changed. Raises DataError.
     """
+    assert not isinstance(config.source_of(split), MixtureConfig), "the sources of a mixture are opened one by one"
     if not isinstance(config.source_of(split), TokensConfig):
         return _cached(SplitSource(config, split), tokenizer, config)
     source = open_source(config, split)
@@ -39,6 +41,21 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     if data.n_documents == 0:
         raise data_error("the prepared data have no documents", file=folder, key="data.source.path")
     return data.first(config.limit_documents) if split == "train" and config.limit_documents else data
+
+
+def open_mixture(config: DataConfig, tokenizer: Tokenizer) -> list[IndexedData]:
+    """The training tokens of each source of a mixture; a DataError names the source by its place."""
+    assert isinstance(config.source, MixtureConfig), "asked for a mixture alone"
+    opened = []
+    for i, part in enumerate(config.source.sources):
+        alone = config.model_copy(update={"source": part.source, "validation": None})
+        try:
+            opened.append(open_tokens(alone, "train", tokenizer))
+        except DataError as error:
+            place = f"data.source.sources[{i}].source"
+            problems = (replace(problem, key=problem.key.replace("data.source", place, 1)) for problem in error.problems)
+            raise DataError(*problems) from error
+    return opened
 
 
 def _cached(source: SplitSource, tokenizer: Tokenizer, config: DataConfig) -> IndexedData:

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import FREE, Section
-from titanarch.data.sources import SOURCES, CorpusConfig, Split, TokensConfig
+from titanarch.data.packing import Packing
+from titanarch.data.sources import SOURCES, CorpusConfig, MixtureConfig, Split, TokensConfig
 from titanarch.data.tokenizers import TOKENIZERS, SentencePieceConfig
 
 SourceField = Annotated[ComponentConfig, SOURCES]
@@ -25,6 +26,13 @@ class DataConfig(Section):
         description="indexed: tokenize once into a cache, shuffle rows; streamed: tokenize while training, in the source's order",
     )
     streams: int = Field(0, ge=0, description="streamed mode: logical streams, a multiple of the global batch; 0: as many as its rows")
+    shuffle_documents: int = Field(
+        0, ge=0, description="streamed mode: documents of a buffer that is filled, shuffled and given out; 0: the source's order"
+    )
+    packing: Packing = Field(
+        "concat",
+        description="concat: documents end to end, cut into rows; best_fit: whole documents that fill a row; padded: a document a row",
+    )
     limit_documents: int = Field(0, ge=0, description="train on the first n documents alone; 0: on all")
     validation: SourceField | None = Field(None, description="a source of its own for validation; unset: what the source holds out")
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of the source's documents held out, by a hash of their names")
@@ -48,6 +56,25 @@ class DataConfig(Section):
             raise ValueError("mode: prepared tokens are read in indexed mode; 'streamed' is for text")
         if self.mode == "indexed" and self.streams:
             raise ValueError('streams has a meaning in streamed mode alone; leave it out or set mode = "streamed"')
+        if self.mode == "indexed" and self.shuffle_documents:
+            raise ValueError('shuffle_documents: indexed rows are shuffled already; leave it out or set mode = "streamed"')
+        if self.mode == "streamed" and self.packing == "best_fit":
+            reason = "best_fit keeps rows open until a document fits, and streamed data would have to save them"
+            raise ValueError(f'packing: {reason}; set mode = "indexed", or packing to "concat" or "padded"')
+        return self
+
+    @model_validator(mode="after")
+    def _mixture(self) -> "DataConfig":
+        if isinstance(self.validation, MixtureConfig):
+            raise ValueError("validation: one source, not a mixture, so that its loss has one meaning")
+        if not isinstance(self.source, MixtureConfig):
+            return self
+        if self.mode == "streamed":
+            raise ValueError("mode: the sources of a mixture are read in indexed mode, where their tokens are counted beforehand")
+        if self.validation_fraction > 0:
+            raise ValueError("validation_fraction: a mixture holds nothing out; name a source of its own in data.validation")
+        if self.limit_documents:
+            raise ValueError("limit_documents: it does not say of which source of the mixture; leave it out")
         return self
 
     def source_of(self, split: Split) -> ComponentConfig:

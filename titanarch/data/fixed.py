@@ -1,17 +1,19 @@
 """Rows that are the same at every call: for validation, and for the training loss on a fixed subset."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from titanarch.data.batch import Batch, filler, joined, make_batch
-from titanarch.data.cache import open_tokens
+from titanarch.data.batch import Batch, Windows, filler, joined, make_batch
+from titanarch.data.cache import open_mixture, open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.indexed import IndexedData
-from titanarch.data.rows import mask_past_end, read_windows
-from titanarch.data.sources import Split
+from titanarch.data.mixed_rows import interleaved, mixture_order
+from titanarch.data.rows import read_windows
+from titanarch.data.shuffle import Shuffle
+from titanarch.data.sources import MixtureConfig, Split
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
@@ -63,9 +65,33 @@ class _IndexedSubset:
         return len(self._window_B)
 
     def batch(self, row_B: np.ndarray) -> Batch:
-        window_B = self._window_B[row_B]
-        batch = make_batch(read_windows(self._data, window_B, row_B=row_B, seq_len=self.seq_len))
-        return mask_past_end(batch, self._data.n_tokens - window_B * self.seq_len)
+        return make_batch(self.windows(row_B, row_B))
+
+    def windows(self, index_B: np.ndarray, row_B: np.ndarray) -> Windows:
+        """Rows ``index_B`` of the subset, numbered ``row_B``."""
+        return read_windows(self._data, self._window_B[index_B], row_B=row_B, seq_len=self.seq_len)
+
+
+class _MixedSubset:
+    """As many windows of each source as the mixture gives it in its first ``n_rows`` rows, spread evenly over it, or all it has."""
+
+    def __init__(self, config: MixtureConfig, data: Sequence[IndexedData], *, seq_len: int, n_rows: int) -> None:
+        self.seq_len = seq_len
+        whole = [_IndexedSubset(one, seq_len=seq_len, n_rows=None) for one in data]
+        order = mixture_order(config, [(len(subset), seq_len) for subset in whole])
+        rows = order.take(min(n_rows, sum(map(len, whole))))
+        self._parts = [_IndexedSubset(one, seq_len=seq_len, n_rows=int(max(1, (rows.source_N == i).sum()))) for i, one in enumerate(data)]
+        has_it = rows.index_N < np.array([len(part) for part in self._parts])[rows.source_N]
+        self._source_N, self._index_N = rows.source_N[has_it], rows.index_N[has_it]
+
+    def __len__(self) -> int:
+        return len(self._source_N)
+
+    def batch(self, row_B: np.ndarray) -> Batch:
+        source_B, index_B = self._source_N[row_B], self._index_N[row_B]
+        places = [(np.flatnonzero(source_B == i), part) for i, part in enumerate(self._parts)]
+        read = [(place_N, part.windows(index_B[place_N], row_B[place_N])) for place_N, part in places if len(place_N)]
+        return make_batch(interleaved(read, row_B))
 
 
 class _StreamSubset:
@@ -73,7 +99,9 @@ class _StreamSubset:
 
     def __init__(self, source: SplitSource, tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
         self.seq_len = seq_len
-        reader = StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={})
+        reader = StreamReader(
+            source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0)
+        )
         self._rows: list[StreamRow] = []
         while len(self._rows) < n_rows and (row := reader.next_row(0)).cursor.epoch == 0:
             self._rows.append(row)
@@ -101,14 +129,18 @@ def fixed_batches(
     """The same rows of ``split`` at every call and in every layout, documents end to end.
 
     ``n_rows``: spread evenly over the split, or all there are if fewer; None: all, in which every token but the first
-    is once a target or begins a document. The training split of streamed data gives its first rows and needs a
-    number. ``batch_size`` is a rank's, in rows. Raises DataError.
+    is once a target or begins a document. The training split of streamed data gives its first rows, that of a mixture
+    rows in the shares that its first rows have; both need a number. ``batch_size`` is a rank's, in rows. Raises DataError.
     """
     if config.mode == "streamed" and split == "train":
         if n_rows is None:
             raise ValueError("streamed training data are not read to their end for a fixed subset: give n_rows")
         source = SplitSource(config, split)
         rows: _Rows = _StreamSubset(source, tokenizer, seq_len=seq_len, n_rows=n_rows)
+    elif isinstance(source_config := config.source_of(split), MixtureConfig):
+        if n_rows is None:
+            raise ValueError("a mixture has no end: give n_rows")
+        rows = _MixedSubset(source_config, open_mixture(config, tokenizer), seq_len=seq_len, n_rows=n_rows)
     else:
         rows = _IndexedSubset(open_tokens(config, split, tokenizer), seq_len=seq_len, n_rows=n_rows)
     return FixedBatches(rows, batch_size=batch_size, dp_rank=dp_rank, dp_degree=dp_degree)

@@ -94,6 +94,14 @@ class IndexedData(Sequence[TokenizedDocument]):
             windows[row, : len(tokens)] = tokens
         return windows
 
+    def spans(self, start_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
+        """Tokens ``start`` to ``start + size`` of each span, one span after the other, in the stored dtype."""
+        if len(self._shards) > 1:
+            parts = [self.read(start, size) for start, size in zip(start_P.tolist(), size_P.tolist(), strict=True)]
+            return np.concatenate(parts)
+        before_P = np.cumsum(size_P, dtype=np.int64) - size_P
+        return self._shards[0][np.repeat(start_P - before_P, size_P) + np.arange(int(size_P.sum()))]
+
     def __len__(self) -> int:
         return self.n_documents
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.batch import Batch, make_batch
-from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.layout import RowLayout
-from titanarch.data.rows import IndexedRows
+from titanarch.data.mixed_rows import training_rows
+from titanarch.data.rows import RunRows
+from titanarch.data.shuffle import Shuffle
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
@@ -54,7 +55,19 @@ class RowLoader(ABC, Iterator[Batch]):
     def rows_per_epoch(self) -> int | None:
         """Rows of a pass over the training data; None where it is not known."""
 
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        """Passes over each source of a mixture that are behind, by its name; empty where there is one source."""
+        return {}
+
+    @property
+    def ended(self) -> str:
+        """Why the step that comes next cannot be had; empty where it can. Asked for between steps."""
+        return ""
+
     def __next__(self) -> Batch:
+        if self._micro_batch == 0 and (reason := self.ended):
+            raise data_error(reason, key="data.source.sources")
         batch = self._load(self.layout.first_row(self._step, self._micro_batch))
         self._micro_batch += 1
         if self._micro_batch == self.accumulation_steps:
@@ -100,21 +113,36 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class IndexedLoader(RowLoader):
-    """Rows of tokenized data in a seeded order, a new one each epoch."""
+    """Rows of tokenized data in a seeded order, a new one each epoch, or of several such data."""
 
-    def __init__(self, rows: IndexedRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
-        super().__init__(layout, seq_len=rows.seq_len, fingerprint=rows.data.fingerprint, start_row=start_row)
+    def __init__(self, rows: RunRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
+        super().__init__(layout, seq_len=rows.seq_len, fingerprint=rows.fingerprint, start_row=start_row)
         self.rows = rows
         self._n_workers = n_workers
         self._workers: IndexedWorkers | None = None
 
     @property
     def epoch(self) -> int:
-        return self.next_row // self.rows.n_windows
+        return self.rows.epoch(self.next_row)
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self.rows.n_windows
+    def rows_per_epoch(self) -> int | None:
+        return self.rows.rows_per_epoch
+
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        return self.rows.source_epochs(self.next_row)
+
+    @property
+    def ended(self) -> str:
+        return self.rows.ended(self.next_row + self.layout.global_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self.rows.state(self.next_row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rows.begin_at(state)
 
     def _load(self, first_row: int) -> Batch:
         if self._n_workers == 0:
@@ -139,9 +167,9 @@ class StreamedLoader(RowLoader):
     """
 
     def __init__(
-        self, source: SplitSource, tokenizer: Tokenizer, layout: RowLayout, *, seq_len: int, n_streams: int, n_workers: int, start_row: int
+        self, source: SplitSource, tokenizer: Tokenizer, layout: RowLayout, *, seq_len: int, config: DataConfig, seed: int, start_row: int
     ) -> None:
-        self.n_streams = n_streams or layout.global_batch_size
+        self.n_streams, n_workers = config.streams or layout.global_batch_size, config.workers
         if self.n_streams % layout.global_batch_size:
             message = f"{self.n_streams} streams are no multiple of the {layout.global_batch_size} rows of a global batch"
             raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", key="data.streams"))
@@ -149,6 +177,7 @@ class StreamedLoader(RowLoader):
             raise ValueError("streams begin at row 0 or where a saved state left them")
         super().__init__(layout, seq_len=seq_len, fingerprint=source.content_name(tokenizer), start_row=0)
         self._source, self._tokenizer = source, tokenizer
+        self._packing, self._shuffle = config.packing, Shuffle(config.shuffle_documents, seed)
         self._streams = layout.streams(self.n_streams)
         if n_workers > len(self._streams):
             message = f"{n_workers} workers are more than the {len(self._streams)} streams of a rank: give at most as many"
@@ -181,7 +210,14 @@ class StreamedLoader(RowLoader):
         first = self._streams.index(self.layout.first_row(self._step, self._micro_batch) % self.n_streams)
         in_order = self._streams[first:] + self._streams[:first]
         reader = StreamReader(
-            self._source, self._tokenizer, seq_len=self.seq_len, n_streams=self.n_streams, streams=in_order, cursors=self._cursors
+            self._source,
+            self._tokenizer,
+            seq_len=self.seq_len,
+            n_streams=self.n_streams,
+            streams=in_order,
+            cursors=self._cursors,
+            packing=self._packing,
+            shuffle=self._shuffle,
         )
         return StreamWorkers(reader, self._n_workers) if self._n_workers else reader
 
@@ -225,9 +261,7 @@ def build_loader(
     """
     layout = RowLayout(global_batch_size, local_batch_size, dp_rank, dp_degree)
     if config.mode == "indexed":
-        rows = IndexedRows(open_tokens(config, "train", tokenizer), seq_len=seq_len, seed=seed)
+        rows = training_rows(config, tokenizer, seq_len=seq_len, seed=seed)
         return IndexedLoader(rows, layout, n_workers=config.workers, start_row=start_row)
     source = SplitSource(config, "train")
-    return StreamedLoader(
-        source, tokenizer, layout, seq_len=seq_len, n_streams=config.streams, n_workers=config.workers, start_row=start_row
-    )
+    return StreamedLoader(source, tokenizer, layout, seq_len=seq_len, config=config, seed=seed, start_row=start_row)

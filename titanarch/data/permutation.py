@@ -13,13 +13,17 @@ N_ROUNDS = 8  # even, so that the two halves end with the widths they began with
 
 
 class Permutation:
-    """``permutation(index)`` is where ``index`` goes; every value below ``n`` is reached once."""
+    """``permutation(index)`` is where ``index`` goes; every value below ``n`` is reached once.
 
-    def __init__(self, n: int, *, seed: int, epoch: int) -> None:
+    ``part`` numbers the permutations of one seed and epoch.
+    """
+
+    def __init__(self, n: int, *, seed: int, epoch: int, part: int = 0) -> None:
         self.n = n
         bits = max(2, (n - 1).bit_length())
         self._left_bits, self._right_bits = bits // 2, bits - bits // 2
-        digests = [hashlib.sha256(f"{seed}:{epoch}:{i}".encode()).digest() for i in range(N_ROUNDS)]
+        key = f"{seed}:{epoch}" if part == 0 else f"{seed}:{epoch}:part {part}"
+        digests = [hashlib.sha256(f"{key}:{i}".encode()).digest() for i in range(N_ROUNDS)]
         self._keys = [np.uint64(int.from_bytes(digest[:8], "little")) for digest in digests]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:

@@ -1,30 +1,73 @@
-"""Indexed rows: windows of the documents laid end to end, in a new seeded order each epoch.
+"""Indexed rows: the rows that a packing makes of the documents, in a new seeded order each epoch.
 
-Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows.
+Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows, P pieces of documents, E beginnings of documents.
 """
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
-from titanarch.data.batch import IGNORED, Batch, Windows
+from titanarch.data.batch import Windows
 from titanarch.data.indexed import IndexedData
+from titanarch.data.packing import Packing, Plan, plan
 from titanarch.data.permutation import Permutation
 
 ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a row than one by one
 
 
-class IndexedRows:
-    """Row k of a run: window ``permutation(k mod W)`` of the W windows, the permutation that of epoch k // W.
+class RunRows(ABC):
+    """The rows of a run, of ``seq_len`` tokens each. ``fingerprint`` is a hash of the data they come from.
 
-    Window w holds tokens w * T to w * T + T, so the last token of a window, a target, is the first of the next.
-    What is left at the end, less than a window, is not trained on. Raises ConfigError where there is no window.
+    ``rows_per_epoch``: rows of a pass over the data; None where there is no such number.
     """
 
-    def __init__(self, data: IndexedData, *, seq_len: int, seed: int) -> None:
+    seq_len: int
+    fingerprint: str
+    rows_per_epoch: int | None
+
+    @abstractmethod
+    def read(self, first_row: int, n_rows: int) -> Windows:
+        """Rows ``first_row`` to ``first_row + n_rows``."""
+
+    @abstractmethod
+    def epoch(self, row: int) -> int:
+        """Whole passes over the data before ``row``."""
+
+    def source_epochs(self, row: int) -> dict[str, float]:
+        """Passes over each source before ``row``, by its name; none where there is one source."""
+        return {}
+
+    def ended(self, end_row: int) -> str:
+        """Why the rows before ``end_row`` are not all there; empty where they are."""
+        return ""
+
+    def state(self, row: int) -> dict[str, Any]:
+        """What has to be known to go on at ``row``, as JSON values."""
+        return {}
+
+    def begin_at(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most rows follow from their numbers
+        """Go on where ``state`` was taken; rows before it are not read again."""
+
+
+class IndexedRows(RunRows):
+    """Row k of a run: window ``permutation(k mod W)`` of the W windows, the permutation that of epoch k // W.
+
+    "concat": window w holds tokens w * T to w * T + T of the documents end to end, so the last token of a window, a
+    target, is the first of the next. What is left at the end, less than a window, is not trained on. "best_fit" and
+    "padded": window w is row w of the plan of ``packing``. Raises ConfigError where there is no window.
+    """
+
+    def __init__(self, data: IndexedData, *, seq_len: int, seed: int, packing: Packing) -> None:
         self.data = data
         self.seq_len = seq_len
-        self.seed = seed
-        self.n_windows = (data.n_tokens - 1) // seq_len
+        self.fingerprint = data.fingerprint
+        self._seed = seed
+        self._plan = None if packing == "concat" else plan(packing, data.starts, seq_len=seq_len)
+        self.n_windows = (data.n_tokens - 1) // seq_len if self._plan is None else self._plan.n_rows
+        self.rows_per_epoch = self.n_windows
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         if self.n_windows < 1:
             raise ConfigError(
@@ -34,6 +77,14 @@ class IndexedRows:
                     key="training.seq_len",
                 )
             )
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens of a row that are no padding, on average."""
+        return self.seq_len if self._plan is None else float(np.minimum(self._plan.size_P, self.seq_len).sum() / self.n_windows)
+
+    def epoch(self, row: int) -> int:
+        return row // self.n_windows
 
     def windows(self, first_row: int, n_rows: int) -> np.ndarray:
         """The windows of rows ``first_row`` to ``first_row + n_rows``, int64 [n_rows]."""
@@ -50,21 +101,26 @@ class IndexedRows:
         if self._order[0] != chunk:
             epoch_W, index_W = np.divmod(np.arange(chunk * ORDER_CHUNK, (chunk + 1) * ORDER_CHUNK), self.n_windows)
             for epoch in np.unique(epoch_W):
-                permutation = Permutation(self.n_windows, seed=self.seed, epoch=int(epoch))
+                permutation = Permutation(self.n_windows, seed=self._seed, epoch=int(epoch))
                 index_W[epoch_W == epoch] = permutation(index_W[epoch_W == epoch])
             self._order = (chunk, index_W)
         return self._order[1]
 
     def read(self, first_row: int, n_rows: int) -> Windows:
-        """Rows ``first_row`` to ``first_row + n_rows``."""
-        row_B = np.arange(first_row, first_row + n_rows)
-        return read_windows(self.data, self.windows(first_row, n_rows), row_B=row_B, seq_len=self.seq_len)
+        return self.read_as(first_row, np.arange(first_row, first_row + n_rows))
+
+    def read_as(self, first_row: int, row_B: np.ndarray) -> Windows:
+        """As many rows as ``row_B`` has numbers, from ``first_row`` on, under the numbers ``row_B``."""
+        window_B = self.windows(first_row, len(row_B))
+        if self._plan is None:
+            return read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len)
+        return read_planned(self.data, self._plan, window_B, row_B=row_B, seq_len=self.seq_len)
 
 
 def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:
-    """The windows ``window_B`` of ``data`` as the rows numbered ``row_B``, both int64 [B].
+    """The windows ``window_B`` of ``data``, its documents end to end, as the rows numbered ``row_B``, both int64 [B].
 
-    A window past the last whole one is filled up with token 0; what fills it begins as another document would.
+    A window past the last whole one is filled up with padding.
     """
     start_B = window_B * seq_len
     tokens_BS = data.windows(start_B, seq_len + 1)
@@ -73,11 +129,24 @@ def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, 
     count_B = end_B - first_B
     start_row_E = np.repeat(np.arange(len(window_B)), count_B)
     document_E = np.arange(len(start_row_E)) + np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B)
-    return Windows(tokens_BS, start_row_E, starts[document_E] - start_B[start_row_E], row_B)
+    real_B = np.minimum(data.n_tokens - start_B, seq_len + 1)
+    padded = bool((real_B <= seq_len).any())
+    return Windows(tokens_BS, start_row_E, starts[document_E] - start_B[start_row_E], row_B, real_B if padded else None)
 
 
-def mask_past_end(batch: Batch, windows_end_B: np.ndarray) -> Batch:
-    """``batch`` without the targets past the end of the data: row b has ``windows_end_B[b]`` tokens that are real."""
-    for row, n_real in enumerate(windows_end_B.tolist()):
-        batch.labels_BT[row, max(0, n_real - 1) :] = IGNORED
-    return batch
+def read_planned(data: IndexedData, made: Plan, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:
+    """The rows ``window_B`` of a plan over ``data`` as the rows numbered ``row_B``, both int64 [B]; token 0 is their padding."""
+    first_B = made.first_R[window_B]
+    count_B = made.first_R[window_B + 1] - first_B
+    row_P = np.repeat(np.arange(len(window_B)), count_B)
+    begin_B = np.cumsum(count_B) - count_B
+    piece_P = np.arange(len(row_P)) + np.repeat(first_B - begin_B, count_B)
+    size_P = made.size_P[piece_P].astype(np.int64)
+    end_P = np.cumsum(size_P)
+    before_B = end_P[begin_B] - size_P[begin_B]
+    column_P = end_P - before_B[row_P]  # of the token after the piece, where another document or the padding begins
+    real_B = column_P[begin_B + count_B - 1]
+    tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=data.dtype)
+    tokens_BS[np.arange(seq_len + 1) < real_B[:, None]] = data.spans(made.start_P[piece_P], size_P)
+    inside = column_P <= seq_len
+    return Windows(tokens_BS, row_P[inside], column_P[inside], row_B, real_B)

@@ -1,8 +1,9 @@
 """Streamed rows: documents tokenized on the fly, in R logical streams.
 
-Document i of a split goes to stream i mod R. A stream is its documents end to end; its rows are windows of T + 1
-tokens, T apart. At the end of the source every stream begins it again. One reader goes through the source once for
-all the streams it serves; the documents of a stream that is behind are put aside meanwhile.
+Document i of a split, in the order that ``Shuffle`` gives it, goes to stream i mod R. A stream is its documents end to
+end; its rows are windows of T + 1 tokens, T apart; or each document is a row, padded. At the end of the source every
+stream begins it again. One reader goes through the source once for all the streams it serves; the documents of a
+stream that is behind are put aside meanwhile.
 """
 
 import tempfile
@@ -15,6 +16,8 @@ import numpy as np
 
 from titanarch.data.batch import Windows
 from titanarch.data.errors import data_error
+from titanarch.data.packing import Packing
+from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
 from titanarch.data.tokenizers import Tokenizer
@@ -24,9 +27,9 @@ ASIDE_BYTES = 32 << 20  # texts put aside in memory; beyond, they go to a tempor
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a stream goes on: ``skip`` tokens into document ``number`` of the split, in pass ``epoch``.
+    """Where a stream goes on: ``skip`` tokens into document ``number`` of the split's order, in pass ``epoch``.
 
-    ``file``, ``offset``, ``record`` are the document's Position.
+    ``file``, ``offset``, ``record`` are the Position of the first document of its block.
     """
 
     epoch: int = 0
@@ -45,11 +48,13 @@ class Cursor:
 
 
 class StreamRow(NamedTuple):
-    """One row: tokens int64 [T + 1], the columns (1 to T) where documents begin, and the stream's cursor after it."""
+    """One row: tokens int64 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
+    and how many of the tokens are real."""
 
     tokens: np.ndarray
     starts: np.ndarray
     cursor: Cursor
+    real: int
 
 
 class _Aside:
@@ -88,8 +93,8 @@ class _Aside:
 class _Stream:
     """A stream: the document it goes on with, its tokens at hand, and texts put aside.
 
-    ``waiting`` holds (epoch, record, text kept); ``tokenized`` holds (epoch, record, tokens), the first one begun at
-    ``skip``.
+    ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place, tokens), the first one begun at
+    ``skip``. A place is a Record that the Shuffle made.
     """
 
     begin: Cursor
@@ -101,7 +106,8 @@ class _Stream:
 class StreamReader:
     """The rows of some streams of a split.
 
-    ``cursors`` gives the cursor of each stream in ``streams``; a stream without one begins at the beginning.
+    ``cursors`` gives the cursor of each stream in ``streams``; a stream without one begins at the beginning. ``packing`` is
+    "concat" or "padded".
     Raises DataError where the data cannot be read, or have fewer documents than ``n_streams``.
     """
 
@@ -114,32 +120,44 @@ class StreamReader:
         n_streams: int,
         streams: Sequence[int],
         cursors: Mapping[int, Cursor],
+        packing: Packing,
+        shuffle: Shuffle,
     ) -> None:
+        assert packing != "best_fit", "the configuration refuses it for streams"
         self.streams = list(streams)
+        self._packing, self._shuffle = packing, shuffle
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
         self._end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
         begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
         self._state = {stream: _Stream(begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
         self._aside = _Aside()
-        self._scan: Iterator[tuple[int, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
+        self._scan: Iterator[tuple[int, Record, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
 
     def only(self, streams: Sequence[int]) -> "StreamReader":
         """A fresh reader of some of the streams, from the cursors that this one began with."""
         return StreamReader(
-            self._source, self._tokenizer, seq_len=self._seq_len, n_streams=self._n_streams, streams=streams, cursors=self._cursors
+            self._source,
+            self._tokenizer,
+            seq_len=self._seq_len,
+            n_streams=self._n_streams,
+            streams=streams,
+            cursors=self._cursors,
+            packing=self._packing,
+            shuffle=self._shuffle,
         )
 
-    def _scanned(self) -> Iterator[tuple[int, Record]]:
-        """(epoch, document) from the earliest cursor on, pass after pass, for ever."""
+    def _scanned(self) -> Iterator[tuple[int, Record, Record]]:
+        """(epoch, document, its place) from the block of the earliest cursor on, pass after pass, for ever."""
         first = min((stream.begin for stream in self._state.values()), key=lambda cursor: (cursor.epoch, cursor.number))
         epoch = first.epoch
-        start: Record | None = Record(first.number, Position(first.file, first.offset, first.record), None)
+        block = Position(first.file, first.offset, first.record)
+        start: Record | None = Record(self._shuffle.block_start(first.number), block, None)
         while True:
             n_documents = 0
-            for record in self._source.records(start):
-                n_documents = record.number + 1
-                yield epoch, record
+            for record, place in self._shuffle(self._source.records(start), epoch=epoch):
+                n_documents = place.number + 1
+                yield epoch, record, place
             if n_documents == 0 and start is not None and start.number == 0:
                 raise self._source.empty()
             if 0 < n_documents < self._n_streams:
@@ -151,18 +169,20 @@ class StreamReader:
         """Tokenize the next document of ``stream``."""
         self._scan = self._scan or self._scanned()
         while not stream.waiting:
-            epoch, record = next(self._scan)
-            owner = self._state.get(record.number % self._n_streams)
-            if owner is not None and (epoch, record.number) >= (owner.begin.epoch, owner.begin.number):
+            epoch, record, place = next(self._scan)
+            owner = self._state.get(place.number % self._n_streams)
+            if owner is not None and (epoch, place.number) >= (owner.begin.epoch, owner.begin.number):
                 text = self._source.document(record).text
-                owner.waiting.append((epoch, record._replace(content=None), self._aside.put(text)))
-        epoch, record, kept = stream.waiting.popleft()
+                owner.waiting.append((epoch, place, self._aside.put(text)))
+        epoch, place, kept = stream.waiting.popleft()
         tokens = self._tokenizer.encode(self._aside.take(kept)).astype(np.int64)
-        stream.tokenized.append((epoch, record, np.concatenate([tokens, self._end])))
+        stream.tokenized.append((epoch, place, np.concatenate([tokens, self._end])))
 
     def next_row(self, number: int) -> StreamRow:
         """The next row of stream ``number``."""
         stream = self._state[number]
+        if self._packing == "padded":
+            return self._padded_row(stream)
         n_wanted = self._seq_len + 1
         pieces: list[np.ndarray] = []
         starts: list[int] = []
@@ -178,9 +198,24 @@ class StreamReader:
             n_taken += len(piece)
             taken_documents += 1
         self._advance(stream)
-        epoch, record, _ = stream.tokenized[0]
-        cursor = Cursor(epoch, record.number, *record.position, skip=stream.skip)
-        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor)
+        epoch, place, _ = stream.tokenized[0]
+        cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
+        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted)
+
+    def _padded_row(self, stream: _Stream) -> StreamRow:
+        """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
+        while not stream.tokenized or stream.skip >= len(stream.tokenized[0][2]):
+            if stream.tokenized:
+                stream.skip -= len(stream.tokenized.popleft()[2])
+            else:
+                self._next_document(stream)
+        epoch, place, tokens = stream.tokenized[0]
+        real = min(len(tokens), self._seq_len + 1)
+        row = np.zeros(self._seq_len + 1, dtype=np.int64)
+        row[:real] = tokens[:real]
+        stream.skip = len(tokens)
+        starts = np.array([real] if real <= self._seq_len else [], dtype=np.int64)
+        return StreamRow(row, starts, Cursor(epoch, place.number, *place.position, skip=stream.skip), real)
 
     def _advance(self, stream: _Stream) -> None:
         """Go T tokens on, to the document that holds the first token of the next row."""
@@ -191,9 +226,12 @@ class StreamReader:
 
 def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
     """Rows of streams together; ``row_B`` int64 are their numbers in the run."""
+    real_B = np.array([row.real for row in rows])
+    tokens_BS = np.stack([row.tokens for row in rows])
     return Windows(
-        np.stack([row.tokens for row in rows]),
+        tokens_BS,
         np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
         np.concatenate([row.starts for row in rows]),
         row_B,
+        real_B if (real_B < tokens_BS.shape[1]).any() else None,
     )

@@ -14,7 +14,7 @@ from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Windows
 from titanarch.data.layout import RowLayout
 from titanarch.data.orphans import exit_with_parent
-from titanarch.data.rows import IndexedRows
+from titanarch.data.rows import RunRows
 from titanarch.data.streams import StreamReader, StreamRow
 
 NEVER = 1 << 40  # steps between the pool's own snapshots, which nothing reads
@@ -48,7 +48,7 @@ class _FirstRows(Sampler[int]):
 
 
 class _IndexedDataset(Dataset[Windows]):
-    def __init__(self, rows: IndexedRows, n_rows: int) -> None:
+    def __init__(self, rows: RunRows, n_rows: int) -> None:
         self._rows, self._n_rows = rows, n_rows
 
     def __getitem__(self, first_row: int) -> Windows:
@@ -85,7 +85,7 @@ class _Pool:
 class IndexedWorkers:
     """Processes that read the micro-batches of a rank from one on; plain arrays are cheaper to hand over than a Batch."""
 
-    def __init__(self, rows: IndexedRows, layout: RowLayout, *, step: int, micro_batch: int, n_workers: int) -> None:
+    def __init__(self, rows: RunRows, layout: RowLayout, *, step: int, micro_batch: int, n_workers: int) -> None:
         sampler = _FirstRows(layout, step=step, micro_batch=micro_batch)
         self._pool = _Pool(_IndexedDataset(rows, layout.local_batch_size), n_workers=n_workers, prefetch_factor=2, sampler=sampler)
 

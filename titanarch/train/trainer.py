@@ -136,6 +136,9 @@ class Trainer:
         first_step = self.progress.step + 1
         while not self.budget.done:
             step = self.progress.step + 1
+            if reason := self.loader.ended:
+                self.log.event(f"the run ends before step {step}: {reason}")
+                break
             self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
             self.checkpointer.maybe_wait()
             self._log_saved()
@@ -159,7 +162,8 @@ class Trainer:
             self.guard.check()
             row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
             counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
-            self.log.log({**row, **counts})
+            epochs = {f"epoch/{name}": passes for name, passes in self.loader.source_epochs.items()}
+            self.log.log({**row, **counts, **epochs})
         validation = self.config.validation
         validates = validation.enable and step % validation.interval == 0 and not self.budget.done
         losses = self._validate() if validates else {}

@@ -3,6 +3,7 @@
 from titanarch.data.sources.base import SOURCES, Document, Position, Source, SourceConfig, Split, TextSource
 from titanarch.data.sources.corpus import CorpusConfig, CorpusSource
 from titanarch.data.sources.jsonl import JsonlConfig, JsonlSource
+from titanarch.data.sources.mixture import MixedSourceConfig, MixtureConfig, MixtureSource
 from titanarch.data.sources.parquet import ParquetConfig, ParquetSource
 from titanarch.data.sources.text import PlainTextSource, TextConfig
 from titanarch.data.sources.tokens import TokensConfig, TokensSource
@@ -14,6 +15,9 @@ __all__ = [
     "Document",
     "JsonlConfig",
     "JsonlSource",
+    "MixedSourceConfig",
+    "MixtureConfig",
+    "MixtureSource",
     "ParquetConfig",
     "ParquetSource",
     "PlainTextSource",

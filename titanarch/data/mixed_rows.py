@@ -1,0 +1,109 @@
+"""The rows of a mixture: each those of one source, in the order of the mixture."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from titanarch.config.errors import ConfigError
+from titanarch.data.batch import Windows
+from titanarch.data.cache import open_mixture, open_tokens
+from titanarch.data.config import DataConfig
+from titanarch.data.indexed import IndexedData
+from titanarch.data.mixture import MixtureOrder, MixturePlan, Part, Rows
+from titanarch.data.packing import Packing
+from titanarch.data.rows import IndexedRows, RunRows
+from titanarch.data.sources import MixtureConfig
+from titanarch.data.tokenizers import Tokenizer
+
+
+class MixedRows(RunRows):
+    """Row k of a run: the next row of the source that the mixture gives it to, ``data`` being the sources' tokens.
+
+    Raises ConfigError where a source has no row.
+    """
+
+    def __init__(self, config: MixtureConfig, data: Sequence[IndexedData], *, seq_len: int, seed: int, packing: Packing) -> None:
+        self.config = config
+        self.seq_len = seq_len
+        self.rows_per_epoch = None
+        self.sources: list[IndexedRows] = []
+        for name, one in zip(config.names, data, strict=True):
+            try:
+                self.sources.append(IndexedRows(one, seq_len=seq_len, seed=seed, packing=packing))
+            except ConfigError as error:
+                raise ConfigError(*(replace(each, message=f"in the source {name}, {each.message}") for each in error.problems)) from error
+        self.fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in self.sources).encode()).hexdigest()
+        self._plan = MixturePlan(mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources]))
+
+    def read(self, first_row: int, n_rows: int) -> Windows:
+        return self._read(self._plan.rows(first_row, n_rows), first_row)
+
+    def epoch(self, row: int) -> int:
+        """Of the source that has had the fewest."""
+        return int(min(self.source_epochs(row).values()))
+
+    def source_epochs(self, row: int) -> dict[str, float]:
+        taken = self._plan.state(row)["taken"]
+        return {name: n / rows.n_windows for name, n, rows in zip(self.config.names, taken, self.sources, strict=True)}
+
+    def ended(self, end_row: int) -> str:
+        """A source that is to be dropped ends the run where it is the last."""
+        taken = self._plan.state(end_row)["taken"]
+        for name, source, n, rows in zip(self.config.names, self.config.sources, taken, self.sources, strict=True):
+            if source.at_end != "repeat" and n > rows.n_windows:
+                return f"the source {name} has ended: its {rows.n_windows} rows do not last to row {end_row} of the run"
+        return ""
+
+    def state(self, row: int) -> dict[str, Any]:
+        return {"mixture": self._plan.state(row)}
+
+    def begin_at(self, state: Mapping[str, Any]) -> None:
+        self._plan.begin_at(state["mixture"])
+
+    def _read(self, rows: Rows, first_row: int) -> Windows:
+        """``rows`` of the sources as the rows from ``first_row`` on."""
+        places = [np.flatnonzero(rows.source_N == i) for i in range(len(self.sources))]
+        read = [
+            (place_N, source.read_as(int(rows.index_N[place_N[0]]), first_row + place_N))
+            for place_N, source in zip(places, self.sources, strict=True)
+            if len(place_N)
+        ]
+        return interleaved(read, np.arange(first_row, first_row + len(rows.source_N)))
+
+
+def interleaved(parts: Sequence[tuple[np.ndarray, Windows]], row_B: np.ndarray) -> Windows:
+    """One Windows of ``parts``, each with the places of its rows among ``row_B``, the numbers of all."""
+    n_columns = parts[0][1].tokens_BS.shape[1]
+    tokens_BS = np.empty((len(row_B), n_columns), dtype=np.result_type(*(windows.tokens_BS for _, windows in parts)))
+    real_B = np.full(len(row_B), n_columns, dtype=np.int64)
+    for place_N, windows in parts:
+        tokens_BS[place_N] = windows.tokens_BS
+        if windows.real_B is not None:
+            real_B[place_N] = windows.real_B
+    row_E = np.concatenate([place_N[windows.start_row_E] for place_N, windows in parts])
+    column_E = np.concatenate([windows.start_column_E for _, windows in parts])
+    order_E = np.argsort(row_E, kind="stable")
+    padded = bool((real_B < n_columns).any())
+    return Windows(tokens_BS, row_E[order_E], column_E[order_E], row_B, real_B if padded else None)
+
+
+def mixture_order(config: MixtureConfig, sizes: Sequence[tuple[int, float]]) -> MixtureOrder:
+    """The order of sources with ``sizes``: rows of a pass, and tokens of a row that are no padding, on average.
+
+    Weights are shares of tokens, so a source with less of them in a row has more rows.
+    """
+    parts = [
+        Part(name, tuple((row, weight / tokens) for row, weight in source.knots), n_rows, source.at_end == "drop")
+        for name, source, (n_rows, tokens) in zip(config.names, config.sources, sizes, strict=True)
+    ]
+    return MixtureOrder(parts)
+
+
+def training_rows(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int) -> RunRows:
+    """The rows of a run on indexed data, of one source or of a mixture. Raises ConfigError."""
+    if isinstance(config.source, MixtureConfig):
+        return MixedRows(config.source, open_mixture(config, tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
+    return IndexedRows(open_tokens(config, "train", tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
