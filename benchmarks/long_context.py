@@ -73,7 +73,8 @@ def launched(overrides: list[str], n_processes: int) -> dict[str, Any]:
         command = [sys.executable, *launcher, "-m", "benchmarks.long_context", "--worker", name, *arguments]
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         processes = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(n_processes)]
-        loss = json.loads((Path(name) / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+        rows = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text().splitlines()]
+        loss = next(row["loss"] for row in reversed(rows) if "loss" in row)
     return {"peak_bytes": max(each["peak_bytes"] for each in processes), "loss": loss, "processes": processes}
 
 
