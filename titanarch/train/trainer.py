@@ -15,24 +15,28 @@ from titanarch.data.sources import Split
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.evaluation import evaluate
 from titanarch.evaluate.validation import validation_loss
+from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.metrics.devices import device_peak
 from titanarch.train.metrics.environment import environment_record
 from titanarch.train.metrics.log import MetricLog
 from titanarch.train.metrics.meter import StepMeter
+from titanarch.train.metrics.rows import Trimmed
 from titanarch.train.metrics.sink import SinkContext
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes, set_timeout
 from titanarch.train.profiling import Profiler
 from titanarch.train.progress import DataState, Progress
+from titanarch.train.recovery import Recovery
 from titanarch.train.reproducibility import GarbageCollection, seed_global_generators, set_deterministic
 from titanarch.train.resolve import local_batch_size, param_dtype
 from titanarch.train.run_config import RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
-from titanarch.train.setup import build_model
+from titanarch.train.setup import build_model, checkpoint_location
 from titanarch.train.step import StepOutcome, TrainStep
 
 
@@ -60,7 +64,7 @@ class Trainer:
             seed=seed,
         )
         self.scaler = LossScaler(enabled=training.mixed_precision_param == "float16")
-        self.guard = NonFiniteGuard(training.on_nonfinite, self.scaler)
+        self.guard = GradientGuard(config.bad_gradients, self.scaler)
         self.train_step = TrainStep(
             self.model,
             self.optimizers,
@@ -80,6 +84,16 @@ class Trainer:
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
         self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard, checkpointer=self.checkpointer)
+        self.recovery = Recovery(
+            config.bad_gradients,
+            self.train_step,
+            loader=self.loader,
+            tokenizer=self.tokenizer,
+            log=self.log,
+            processes=self.checkpointer.processes,
+            folder=folder.path,
+            checkpoints=checkpoint_location(folder.path, config.checkpoint),
+        )
         self.meter = StepMeter(
             device=processes.device,
             n_devices=processes.world_size,
@@ -118,7 +132,11 @@ class Trainer:
                 )
             )
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
-            self._loop(profiler.step, garbage.after_step)
+            try:
+                self._loop(profiler.step, garbage.after_step)
+            except BadGradientError as error:
+                self.recovery.report(error.bad)
+                raise
             losses = self._validate()
             if self.config.checkpoint.last_save and self.progress.step > first_step:
                 self._save(last=True)
@@ -136,10 +154,18 @@ class Trainer:
             step = self.progress.step + 1
             self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
             self.checkpointer.maybe_wait()
-            outcome = self.train_step(step, [next(batches) for _ in range(n_batches)])
+            first_row = self.loader.next_row
+            micro_batches = [next(batches) for _ in range(n_batches)]
+            self.recovery.drawn(StepRows(step, first_row, self.loader.next_row - 1), micro_batches)
+            outcome = self.train_step(step, micro_batches)
+            bad = self.guard.bad
+            if bad is not None and bad.action == "roll_back":
+                self._roll_back(bad)
+                continue
             self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
             self.processes.watch.finished(step)
-            self.meter.step_done(self.tokens_per_step, {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts})
+            scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
+            self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
             self.budget.advance(step, self.progress.tokens)
             self._after_step(step, outcome)
             if step == first_step:
@@ -149,7 +175,10 @@ class Trainer:
 
     def _after_step(self, step: int, outcome: StepOutcome) -> None:
         """Log, validate, save: rows come before the checkpoint that a resume would find them with."""
-        if not outcome.is_made:
+        if self.guard.bad is not None:
+            with self.meter.paused():
+                self.recovery.refused(self.guard.bad, tokens=self.progress.tokens)
+        elif not outcome.is_made:
             self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
         saves = self.checkpointer.due(step) and not self.budget.done
         if self.config.metrics.is_logged(step) or self.budget.done:
@@ -162,6 +191,19 @@ class Trainer:
             self._validate()
         if saves:
             self._save(last=False)
+
+    def _roll_back(self, bad: BadStep) -> None:
+        """Back to the last good checkpoint, and on with the rows after those of ``bad``."""
+        self.recovery.refused(bad, tokens=self.progress.tokens)
+        spent = self.budget.state_dict()
+        self.recovery.roll_back(self._state(), self.checkpointer.wait)
+        self.budget.load_state_dict(spent)
+        self.budget.roll_back(self.progress.step, self.progress.tokens)
+        self.log.close()
+        if self.processes.is_main:
+            self._open_log()
+        self.recovery.rolled_back(bad, step=self.progress.step + 1, tokens=self.progress.tokens)
+        self.meter.start(self.budget.fraction)
 
     def _validate(self) -> dict[str, float]:
         """Losses on the fixed rows, logged; {} where validation is off."""
@@ -209,23 +251,31 @@ class Trainer:
         self.guard.check()
         with self.meter.paused(), self.budget.stopwatch.paused():
             self.checkpointer.save(self.progress.step, self._state(), config_text=dump_toml(self.config), force_sync=last)
+        self.recovery.good_step = self.progress.step
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
         loaded = self.checkpointer.load(self._state())
         initial = None if loaded else self.checkpointer.load_initial(self._state())
-        step = self.progress.step
+        step = self.recovery.good_step = self.progress.step
         if self.processes.is_main:
-            trimmed = self.folder.resume_at(step)
-            context = SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config))
-            self.log.open(context)
+            trimmed = self._open_log()
             if loaded:
                 self.log.event(f"resumed from {loaded.path} at step {step}{'; ' + str(trimmed) if str(trimmed) else ''}")
                 for reason in loaded.skipped:
                     self.log.event(f"skipped the checkpoint {reason}")
             elif initial:
                 self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
+        if self.recovery.needs_checkpoint and loaded is None:
+            self._save(last=False)
         return step
+
+    def _open_log(self) -> Trimmed:
+        """Set the rows of later steps aside, and open the sinks. On process 0."""
+        step = self.progress.step
+        trimmed = self.folder.resume_at(step)
+        self.log.open(SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config)))
+        return trimmed
 
     def _evaluate(self) -> dict[str, Any]:
         """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""
