@@ -14,7 +14,7 @@ from titanarch.models.language_model import CausalLanguageModel
 
 Fault = Callable[[nn.Module, Objective], Objective]
 
-POISONED = "blocks.1.channel.down"
+POISONED = "layers.1.channel.down"
 """The module whose weight gets a gradient that is not a number."""
 
 

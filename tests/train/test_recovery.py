@@ -61,52 +61,64 @@ def report(path: Path, step: int) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize(("kind", "step"), [("nan", 6), ("inf", 7), ("spike", 11)])
-def test_a_skipped_step_leaves_the_run_without_its_rows(folder: Path, kind: str, step: int) -> None:
-    bad_row = rows_of(step)[3]
-    policy = {"nan": "nonfinite", "inf": "nonfinite", "spike": "spike"}[kind]
-    keys = ["--bad_gradients.spike_window", "8", "--bad_gradients.spike_deviations", "12"]
-    path = run(folder, f"skip_{kind}", f"--bad_gradients.{policy}", "skip", *keys, faults={bad_row: kind})
-    expected = losses(run(folder, f"without_{kind}", without=[bad_row], steps=STEPS - 1))
-    found = losses(path)
-    assert step not in found
+NAN, INF, SPIKE = 6, 7, 11
+"""Steps of the faults, in a row of each."""
+FAULTS = {rows_of(NAN)[3]: "nan", rows_of(INF)[0]: "inf", rows_of(SPIKE)[7]: "spike"}
+SKIP = ["--bad_gradients.nonfinite", "skip", "--bad_gradients.spike", "skip"]
+SPIKES = ["--bad_gradients.spike_window", "8", "--bad_gradients.spike_deviations", "12"]
+
+
+@pytest.fixture(scope="module")
+def skipping(folder: Path) -> Path:
+    return run(folder, "skipping", *SKIP, *SPIKES, faults=FAULTS)
+
+
+def test_skipped_steps_leave_the_run_without_their_rows(folder: Path, skipping: Path) -> None:
+    expected = losses(run(folder, "without", without=FAULTS, steps=STEPS - 3))
+    found = losses(skipping)
+    assert sorted({*range(1, STEPS + 1)} - found.keys()) == [NAN, INF, SPIKE]
     assert [found[s] for s in sorted(found)] == [expected[s] for s in sorted(expected)]
-    (logged,) = [row for row in rows(path) if "skipped_norm" in row]
-    assert (logged["step"], logged["skipped_first_row"], logged["skipped_last_row"]) == (step, rows_of(step)[0], rows_of(step)[-1])
-    if kind == "spike":
-        assert logged["skipped_norm"] > logged["skipped_threshold"]
-    else:
-        assert logged["skipped_norm"] is None
-    assert json.loads((path / "result.json").read_text())["skipped_steps"] == 1
-    assert not (folder / f"without_{kind}" / "reports").exists()
+    logged = {row["step"]: row for row in rows(skipping) if "skipped_norm" in row}
+    assert {step: (row["skipped_first_row"], row["skipped_last_row"]) for step, row in logged.items()} == {
+        step: (rows_of(step)[0], rows_of(step)[-1]) for step in (NAN, INF, SPIKE)
+    }
+    assert logged[SPIKE]["skipped_norm"] > logged[SPIKE]["skipped_threshold"]
+    assert logged[NAN]["skipped_norm"] is None
+    assert json.loads((skipping / "result.json").read_text())["skipped_steps"] == 3
+    assert not (folder / "without" / "reports").exists()
 
 
-def test_the_report_names_the_module_of_the_parameter(folder: Path) -> None:
-    path = run(folder, "report_nan", "--bad_gradients.nonfinite", "skip", faults={rows_of(6)[3]: "nan"}, steps=7)
-    told = report(path, 6)
+def test_the_reports_name_the_cause(skipping: Path) -> None:
+    told = report(skipping, NAN)
     assert told["gradients_not_finite"] == [f"{POISONED}.weight"]
     assert told["first_module_not_finite_forward"] is None
     assert told["first_module_not_finite_backward"] == POISONED
-    assert told["norms_by_layer"]["blocks.1"] == "nan"
-    assert math.isfinite(told["norms_by_layer"]["blocks.0"])
-    logged = {row["step"]: row["grad_norm"] for row in rows(path) if "grad_norm" in row}
-    assert {each["step"]: each["grad_norm"] for each in told["last_norms"][:-1]} == {s: logged[s] for s in range(1, 6)}
-    assert sorted(map(int, told["text"])) == list(rows_of(6))
+    assert told["norms_by_layer"]["layers.1"] == "nan"
+    assert math.isfinite(told["norms_by_layer"]["layers.0"])
+    logged = {row["step"]: row["grad_norm"] for row in rows(skipping) if "grad_norm" in row}
+    assert {each["step"]: each["grad_norm"] for each in told["last_norms"][:-1]} == {s: logged[s] for s in range(1, NAN)}
+    assert sorted(map(int, told["text"])) == list(rows_of(NAN))
+    infinite = report(skipping, INF)
+    assert infinite["first_module_not_finite_forward"]["module"] == "(the model)"
+    # The fault is in the loss, so the last module is the first in backward order.
+    assert infinite["first_module_not_finite_backward"] in ("(the model)", "final_norm")
+    spike = report(skipping, SPIKE)
+    assert (spike["what"], spike["first_module_not_finite_forward"], spike["gradients_not_finite"]) == ("spike", None, [])
+    assert math.sqrt(sum(norm**2 for norm in spike["norms_by_layer"].values())) == pytest.approx(spike["norm"], rel=1e-5)
 
 
-def test_a_run_that_stops_goes_on_where_it_may_skip(folder: Path) -> None:
-    """The step before the bad one is the last one of either run; what stopped is taken up by the same command."""
-    faults = {rows_of(8)[0]: "inf"}
-    path = run(folder, "stopped", faults=faults, status=1)
-    expected = losses(run(folder, "skip_only", "--bad_gradients.nonfinite", "skip", faults=faults))
-    assert losses(path) == {step: loss for step, loss in expected.items() if step < 8}
-    assert report(path, 8)["first_module_not_finite_forward"]["module"] == "(the model)"
-    run(folder, "stopped", "--bad_gradients.nonfinite", "skip", faults=faults)
+def test_a_run_that_stopped_goes_on_where_it_may_skip(folder: Path, skipping: Path) -> None:
+    """The step before the bad one is the last; what stopped is taken up by the same command with other actions."""
+    path = run(folder, "stopped", *SPIKES, faults=FAULTS, status=1)
+    expected = losses(skipping)
+    assert losses(path) == {step: loss for step, loss in expected.items() if step < NAN}
+    assert report(path, NAN)["gradients_not_finite"] == [f"{POISONED}.weight"]
+    run(folder, "stopped", *SKIP, *SPIKES, faults=FAULTS)
     assert losses(path) == expected
 
 
 def test_a_roll_back_leaves_the_run_without_the_rows_since_the_checkpoint(folder: Path) -> None:
-    """Twice: from step 8 to 5 and, on the rows that follow, from step 12 to 10; once more after a second start."""
+    """Twice: from step 8 to 5 and, on the rows that follow, from step 12 to 10. So it is where a start ends before it saved again."""
     keys = ["--bad_gradients.nonfinite", "roll_back"]
     # Step 6 begins with row 64 after the first roll-back, so row 64 + 6 * 8 is in step 12.
     faults = {rows_of(8)[2]: "inf", 64 + 6 * G: "nan"}
@@ -120,7 +132,7 @@ def test_a_roll_back_leaves_the_run_without_the_rows_since_the_checkpoint(folder
     discarded = [json.loads(line)["step"] for line in (path / "metrics.discarded.jsonl").read_text().splitlines()]
     assert discarded == [6, 7, 11]
     assert report(path, 8)["action"] == "roll_back"
-    run(folder, "rolled_in_two", *keys, faults=faults, steps=7)
+    run(folder, "rolled_in_two", *keys, "--checkpoint.last_save", "false", faults=faults, steps=9)
     again = run(folder, "rolled_in_two", *keys, faults=faults)
     assert losses(again) == expected
 

@@ -66,7 +66,7 @@ def plain_name(name: str) -> str:
 
 
 def layer_of(parameter: str) -> str:
-    """The layer of a parameter: up to the first number in its name (``blocks.3``), else its module."""
+    """The layer of a parameter: up to the first number in its name (``layers.3``), else its module."""
     parts = plain_name(parameter).split(".")
     numbered = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
     return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parts[0]
