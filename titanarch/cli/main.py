@@ -35,6 +35,8 @@ COMMANDS = {
     "coordcheck": Command("titanarch.cli.coordcheck", "train a few steps at several widths, and see whether activations move alike"),
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
+    "replay": Command("titanarch.cli.replay", "make a step of a run again, and show it beside what was logged"),
+    "diff": Command("titanarch.cli.diff", "find the first step and module at which two runs part"),
     "check": Command("titanarch.cli.check", "check that a component, the package's or your own, keeps the contract"),
     "components": Command("titanarch.cli.components", "list everything that a model can be made of"),
     "new": Command("titanarch.cli.new", "begin a component of your own, with a configuration and tests"),

@@ -66,7 +66,7 @@ class BadStepReports:
         if bad.is_shared and not bad.is_late:
             report |= inspected(inspect(self._train_step, batches, self._processes))
             texts = self._processes.gather(decoded_rows(batches, self._tokenizer))
-            report["text"] = {str(row): text for row, text in sorted((item for each in texts for item in each.items()))}
+            report["text"] = {str(row): text for row, text in sorted(item for each in texts for item in each.items())}
         elif bad.is_late:
             report["note"] = "found after the update, since nothing waits for the accelerator: titanarch replay makes the step again"
         else:

@@ -208,8 +208,8 @@ class GradientGuard:
         if self._in_a_row >= self.config.max_skips:
             raise BadGradientError(
                 bad,
-                f"{self._in_a_row} steps in a row were skipped (bad_gradients.max_skips), so skipping helps no more: resume from an earlier "
-                "checkpoint with a lower optimizer.lr or training.max_norm",
+                f"{self._in_a_row} steps in a row were skipped (bad_gradients.max_skips), so skipping helps no more: "
+                "resume from an earlier checkpoint with a lower optimizer.lr or training.max_norm",
             )
 
     def _count_roll_back(self, bad: BadStep) -> None:

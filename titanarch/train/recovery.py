@@ -45,6 +45,11 @@ class Recovery:
         """Whether a bad step may send the run back."""
         return "roll_back" in (self._config.nonfinite, self._config.spike)
 
+    @property
+    def last_rows(self) -> StepRows:
+        """Of the step that was drawn last."""
+        return self._recent[-1]
+
     def drawn(self, rows: StepRows, batches: Sequence[Batch]) -> None:
         """The next step is made of ``rows``, of which this process has ``batches``."""
         self._recent.append(rows)
@@ -76,6 +81,10 @@ class Recovery:
         loaded = load(self._checkpoints, state, step=self.good_step, processes=self._processes)
         assert loaded is not None, "a chosen step is there, or raises"
         self._guard.roll_backs = n_roll_backs
+        self.pass_rows(next_row)
+
+    def pass_rows(self, next_row: int) -> None:
+        """Leave out the rows before ``next_row``."""
         while self._loader.next_row < next_row:
             next(self._loader)
 

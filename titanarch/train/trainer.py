@@ -1,7 +1,7 @@
 """The run: build, resume, loop, validate, evaluate, write the result."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
 from titanarch.config.dump import dump_toml, to_table
+from titanarch.data.batch import Batch
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.loader import build_loader
 from titanarch.data.sources import Split
@@ -148,30 +149,37 @@ class Trainer:
 
     def _loop(self, profile: Callable[[], None], collect_garbage: Callable[[int], None]) -> None:
         batches = self.meter.timed(self.loader)
-        n_batches = self.loader.accumulation_steps
         first_step = self.progress.step + 1
         while not self.budget.done:
             step = self.progress.step + 1
-            self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
             self.checkpointer.maybe_wait()
-            first_row = self.loader.next_row
-            micro_batches = [next(batches) for _ in range(n_batches)]
-            self.recovery.drawn(StepRows(step, first_row, self.loader.next_row - 1), micro_batches)
-            outcome = self.train_step(step, micro_batches)
+            outcome = self.train_step(step, self.draw(batches))
             bad = self.guard.bad
             if bad is not None and bad.action == "roll_back":
                 self._roll_back(bad)
                 continue
-            self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
+            self.advance()
             self.processes.watch.finished(step)
             scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
             self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
-            self.budget.advance(step, self.progress.tokens)
             self._after_step(step, outcome)
             if step == first_step:
                 set_timeout(self.config.comm.train_timeout_seconds)
             profile()
             collect_garbage(step)
+
+    def draw(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step, for which the learning rate is set."""
+        step, first_row = self.progress.step + 1, self.loader.next_row
+        self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
+        drawn = [next(batches) for _ in range(self.loader.accumulation_steps)]
+        self.recovery.drawn(StepRows(step, first_row, self.loader.next_row - 1), drawn)
+        return drawn
+
+    def advance(self) -> None:
+        """The next step is done."""
+        self.progress.step, self.progress.tokens = self.progress.step + 1, self.progress.tokens + self.tokens_per_step
+        self.budget.advance(self.progress.step, self.progress.tokens)
 
     def _after_step(self, step: int, outcome: StepOutcome) -> None:
         """Log, validate, save: rows come before the checkpoint that a resume would find them with."""
@@ -196,7 +204,7 @@ class Trainer:
         """Back to the last good checkpoint, and on with the rows after those of ``bad``."""
         self.recovery.refused(bad, tokens=self.progress.tokens)
         spent = self.budget.state_dict()
-        self.recovery.roll_back(self._state(), self.checkpointer.wait)
+        self.recovery.roll_back(self.state(), self.checkpointer.wait)
         self.budget.load_state_dict(spent)
         self.budget.roll_back(self.progress.step, self.progress.tokens)
         self.log.close()
@@ -238,7 +246,8 @@ class Trainer:
             if validation.enable and n_rows
         }
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run."""
         return {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.model, self.optimizers.torch_optimizers),
@@ -250,13 +259,13 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         self.guard.check()
         with self.meter.paused(), self.budget.stopwatch.paused():
-            self.checkpointer.save(self.progress.step, self._state(), config_text=dump_toml(self.config), force_sync=last)
+            self.checkpointer.save(self.progress.step, self.state(), config_text=dump_toml(self.config), force_sync=last)
         self.recovery.good_step = self.progress.step
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
-        loaded = self.checkpointer.load(self._state())
-        initial = None if loaded else self.checkpointer.load_initial(self._state())
+        loaded = self.checkpointer.load(self.state())
+        initial = None if loaded else self.checkpointer.load_initial(self.state())
         step = self.recovery.good_step = self.progress.step
         if self.processes.is_main:
             trimmed = self._open_log()
