@@ -39,6 +39,7 @@ from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
 from titanarch.train.setup import build_model, checkpoint_location
 from titanarch.train.step import StepOutcome, TrainStep
+from titanarch.train.watchdog import StepWatchdog
 
 
 class Trainer:
@@ -102,6 +103,7 @@ class Trainer:
             peak_flops_per_second=device_peak(processes.device, param_dtype(config), tf32=False),
             sum_over_processes=processes.sum,
         )
+        self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.validation_sets = self._validation_sets()
 
     @property
@@ -132,11 +134,13 @@ class Trainer:
                     self.config.profiling, self.folder.path, rank=self.processes.rank, device=self.processes.device, start_step=first_step
                 )
             )
+            stack.enter_context(self.watchdog)
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
             try:
                 self._loop(profiler.step, garbage.after_step)
             except BadGradientError as error:
-                self.recovery.report(error.bad)
+                with self.watchdog.paused():
+                    self.recovery.report(error.bad)
                 raise
             losses = self._validate()
             if self.config.checkpoint.last_save and self.progress.step > first_step:
@@ -152,17 +156,20 @@ class Trainer:
         first_step = self.progress.step + 1
         while not self.budget.done:
             step = self.progress.step + 1
+            self.watchdog.begin(step)
             self.checkpointer.maybe_wait()
             outcome = self.train_step(step, self.draw(batches))
             bad = self.guard.bad
             if bad is not None and bad.action == "roll_back":
-                self._roll_back(bad)
+                with self.watchdog.paused():
+                    self._roll_back(bad)
                 continue
             self.advance()
             self.processes.watch.finished(step)
             scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
             self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
             self._after_step(step, outcome)
+            self.watchdog.end()
             if step == first_step:
                 set_timeout(self.config.comm.train_timeout_seconds)
             profile()
@@ -184,7 +191,7 @@ class Trainer:
     def _after_step(self, step: int, outcome: StepOutcome) -> None:
         """Log, validate, save: rows come before the checkpoint that a resume would find them with."""
         if self.guard.bad is not None:
-            with self.meter.paused():
+            with self.meter.paused(), self.watchdog.paused():
                 self.recovery.refused(self.guard.bad, tokens=self.progress.tokens)
         elif not outcome.is_made:
             self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
@@ -217,7 +224,7 @@ class Trainer:
         """Losses on the fixed rows, logged; {} where validation is off."""
         if not self.validation_sets:
             return {}
-        with self.meter.paused(), self.budget.stopwatch.paused():
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
             losses = {
                 name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.mesh.sum_over_data)[0]
                 for name, batches in self.validation_sets.items()
@@ -258,7 +265,7 @@ class Trainer:
 
     def _save(self, *, last: bool) -> None:
         self.guard.check()
-        with self.meter.paused(), self.budget.stopwatch.paused():
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
             self.checkpointer.save(self.progress.step, self.state(), config_text=dump_toml(self.config), force_sync=last)
         self.recovery.good_step = self.progress.step
 
