@@ -3,8 +3,8 @@
 ::
 
     heartbeat.json                             the last step done, when, and by which process; about once a second
-    hangs/step-00000007/rank0.txt              the Python stacks of process 0
-    hangs/step-00000007/rank0_collectives.json on CUDA: what its collectives did last (torch's flight recorder)
+    hangs/step-00000007-rank0.txt              the Python stacks of process 0, which was in step 7
+    hangs/step-00000007-rank0-collectives.json on CUDA: what its collectives did last (torch's flight recorder)
 """
 
 import faulthandler
@@ -111,31 +111,31 @@ class StepWatchdog:
         taken, limit = self._clock() - running[1], self.limit_seconds
         if taken <= limit:
             return None
-        return f"step {running[0]} takes longer than {limit:.0f} s (comm.step_timeout_seconds): it hangs"
+        return f"step {running[0]} takes longer than {limit:g} s (comm.step_timeout_seconds): it hangs"
 
     def dump(self) -> None:
         """Write the stacks of this process, and on CUDA its last collectives; once, whoever asks for it."""
         if not self._dumped.acquire(blocking=False):
             return
-        rank, folder = self._watch.rank, self._folder / FOLDER / f"step-{self._step:08d}"
+        rank, folder = self._watch.rank, self._folder / FOLDER
+        name = f"step-{self._step:08d}-rank{rank}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"rank{rank}.txt", "a") as file:
+            with open(folder / f"{name}.txt", "a") as file:
                 file.write(f"process {rank} on {socket.gethostname()}, pid {os.getpid()}, in step {self._step}, at {time.time():.0f}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             if torch.cuda.is_available():
-                (folder / f"rank{rank}_collectives.json").write_bytes(_collectives())
-        except OSError as error:
-            print(f"titanarch: process {rank} could not write its stacks in {folder}: {error}", file=sys.stderr, flush=True)
+                (folder / f"{name}-collectives.json").write_bytes(_collectives())
+        except (OSError, RuntimeError, AttributeError) as error:  # torch's recorder is private; the run must end whatever it does
+            print(f"titanarch: process {rank} could not write all of {folder / name}: {error}", file=sys.stderr, flush=True)
 
     def _look(self) -> None:
         while not self._closed.wait(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4)):
             why = self.overdue()
             if why is not None:
                 self.dump()
-                where = self._folder / FOLDER / f"step-{self._step:08d}"
-                self._watch.break_off(f"{why}; the stacks of the processes are in {where}")
+                self._watch.break_off(f"{why}; the stacks of the processes are in {self._folder / FOLDER}")
 
 
 def _collectives() -> bytes:
