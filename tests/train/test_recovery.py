@@ -42,7 +42,7 @@ def run(
     """A run of ``steps`` steps in which rows have ``faults``, and to which the steps of the rows ``without`` do not exist."""
     forward, following = CausalLanguageModel.forward, IndexedLoader.__next__
     CausalLanguageModel.forward = faulty_forward(faults or {})  # type: ignore[method-assign]
-    IndexedLoader.__next__ = without_rows(without)  # type: ignore[method-assign]
+    IndexedLoader.__next__ = without_rows(without)  # type: ignore[method-assign, assignment]
     try:
         config = write_config(folder, name, folder / "cache")
         assert main(["train", "--config", str(config), "--training.steps", str(steps), *CONSTANT, *overrides]) == status

@@ -112,7 +112,7 @@ def train_as(rank: int, port: int, config: str, hung: str, faults: dict[int, str
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     CausalLanguageModel.forward = faulty_forward(faults)  # type: ignore[method-assign]
-    Optimizers.step = hang_once(Path(hung))  # type: ignore[method-assign]
+    Optimizers.step = hang_once(Path(hung))  # type: ignore[method-assign, assignment]
     limits = ["--comm.step_timeout_seconds", "6", "--comm.init_timeout_seconds", "60"]
     keys = ["--training.steps", "9", "--bad_gradients.nonfinite", "roll_back", "--checkpoint.interval", "2"]
     raise SystemExit(main(["train", "--config", config, *keys, *OFF, *limits]))

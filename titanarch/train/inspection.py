@@ -196,7 +196,7 @@ def inspect(train_step: TrainStep, batches: Sequence[Batch], processes: Processe
 
 def _not_finite(model: nn.Module, order: Mapping[str, int]) -> dict[str, int]:
     """The parameters whose gradient here is not finite, and when backward came to their module; the last where it is not known."""
-    bad = {}
+    bad: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(shard_of(parameter.grad).isfinite().all()):
             plain = plain_name(name)

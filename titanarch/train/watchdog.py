@@ -31,6 +31,7 @@ FOLDER = "hangs"
 HEARTBEAT_SECONDS = 1.0
 LOOK_SECONDS = 1.0
 MEDIAN_STEPS = 50
+RECORDER = "_dump_nccl_trace_json"
 
 
 class StepWatchdog:
@@ -140,7 +141,8 @@ class StepWatchdog:
 
 def _collectives() -> bytes:
     """torch's flight recorder of NCCL, as JSON."""
-    recorded: bytes | str = torch._C._distributed_c10d._dump_nccl_trace_json(includeCollectives=True, onlyActive=False)
+    dump = getattr(torch._C._distributed_c10d, RECORDER)  # a build of torch without NCCL has none
+    recorded: bytes | str = dump(includeCollectives=True, onlyActive=False)
     return recorded.encode() if isinstance(recorded, str) else recorded
 
 
