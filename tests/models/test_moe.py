@@ -173,6 +173,10 @@ def test_the_bias_moves_against_the_load_and_changes_the_choice_alone() -> None:
         module.run(x, SEQ, Carry.empty())
     counts = 2 * torch.sigmoid(x @ module.router.weight.T).topk(2).indices.flatten().bincount(minlength=E)
     assert torch.equal(module.tokens_E, counts.double())
+    module.after_skip()  # of a step that is not made nothing is counted
+    for _ in range(2):
+        module.run(x, SEQ, Carry.empty())
+    assert torch.equal(module.tokens_E, counts.double())
     module.after_update()
     assert torch.allclose(module.bias_E, 0.1 * torch.sign(counts.double().mean() - counts).double())
     assert module.tokens_E.abs().sum() == 0

@@ -28,7 +28,8 @@ from titanarch.data.batch import IGNORED, Batch, Windows, make_batch
 from titanarch.data.layout import RowLayout
 from titanarch.parallel import fsdp, mesh
 from titanarch.train import check, gradients, resolve, setup
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
 from titanarch.train.run_config import RunConfig
@@ -118,7 +119,7 @@ class Run:
             self.optimizers,
             clipper=RecordingClipper(parameters, config.training.max_norm, self.gradients),
             scaler=scaler,
-            guard=NonFiniteGuard("stop", scaler),
+            guard=GradientGuard(BadGradientsConfig(), scaler),
             mesh=built.mesh,
             device=processes.device,
             seed=SEED,

@@ -14,7 +14,8 @@ from titanarch.contract.model import MODELS
 from titanarch.plan.fit import vocab_size_of
 from titanarch.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger
 from titanarch.plan.trace import StepTrace, axis_names, synthetic_batch, trace_step
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
 from titanarch.train.resolve import local_batch_size, resolve
@@ -101,7 +102,7 @@ def _real_step(config: RunConfig) -> dict[str, float]:
         built = build_model(config, processes, vocab_size_of(config))
         optimizers = build_optimizers(config.optimizer, built.model.named_parameters(), built.roles, built.growth)
         scaler = LossScaler(enabled=False)
-        clipper, guard = GradientClipper(built.model.parameters(), 1.0), NonFiniteGuard("stop", scaler)
+        clipper, guard = GradientClipper(built.model.parameters(), 1.0), GradientGuard(BadGradientsConfig(), scaler)
         step = TrainStep(
             built.model,
             optimizers,

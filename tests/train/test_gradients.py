@@ -1,4 +1,4 @@
-"""Clipping, loss scaling and the guard on one process."""
+"""Clipping and loss scaling on one process."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titanarch.train.gradients import MOST_SKIPS_IN_A_ROW, GradientClipper, LossScaler, NonFiniteError, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 
 SHAPES = [(5, 3), (7,), (1,), (2, 2, 2)]
 
@@ -88,68 +89,6 @@ def test_disabled_scaler_does_nothing() -> None:
     assert scaler.state_dict() == {"scale": 1.0, "good_steps": 0, "overflows": 0}
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
-def test_stop_raises_before_the_step(loss: float, norm: float) -> None:
-    guard = NonFiniteGuard("stop", LossScaler(enabled=False))
-    assert guard.admits(6, torch.tensor(1.0), torch.tensor(2.0))
-    with pytest.raises(NonFiniteError, match=rf"step 7: the loss is {loss} and the gradient norm {norm}"):
-        guard.admits(7, torch.tensor(loss), torch.tensor(norm))
-
-
-def test_skip_counts_and_gives_up_in_the_end() -> None:
-    guard = NonFiniteGuard("skip", LossScaler(enabled=False))
-    good, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    assert [guard.admits(step, good, norm) for step, norm in enumerate((good, bad, bad, good))] == [True, False, False, True]
-    assert guard.skipped == 2
-    for step in range(MOST_SKIPS_IN_A_ROW - 1):
-        assert not guard.admits(step, good, bad)
-    again = NonFiniteGuard("skip", LossScaler(enabled=False))
-    again.load_state_dict(guard.state_dict())
-    assert again.skipped == 2 + MOST_SKIPS_IN_A_ROW - 1
-    with pytest.raises(NonFiniteError, match="100 steps in a row"):
-        again.admits(0, good, bad)
-
-
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_overflow_of_float16_is_the_scalers(policy: str) -> None:
-    """Sixteen halvings bring the scale to 1; what is not finite then is the model's."""
-    scaler = LossScaler(enabled=True)
-    guard = NonFiniteGuard(policy, scaler)  # type: ignore[arg-type]
-    good, bad = torch.tensor(1.0), torch.tensor(math.inf)
-    assert guard.admits(0, good, good)
-    for step in range(16):
-        assert not guard.admits(step, good, bad)
-    assert (scaler.scale, scaler.overflows, guard.skipped) == (1.0, 16, 0)
-    if policy == "stop":
-        with pytest.raises(NonFiniteError, match="step 17"):
-            guard.admits(17, good, bad)
-    else:
-        assert not guard.admits(17, good, bad)
-        assert guard.skipped == 1
-
-
-class OnDevice:
-    """Stands for a scalar on an accelerator: anything but keeping it is a wait."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def detach(self) -> "OnDevice":
-        return self
-
-
-def test_stop_reads_nothing_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = NonFiniteGuard("stop", LossScaler(enabled=False))
-    for step, norm in enumerate((1.0, 2.0, math.nan, math.nan)):
-        assert guard.admits(step, OnDevice(5.0), OnDevice(norm))  # type: ignore[arg-type]
-    guard._unchecked = [(s, torch.tensor(loss.value), torch.tensor(norm.value)) for s, loss, norm in guard._unchecked]  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteError, match=r"step 2: the loss is 5\.0 and the gradient norm nan"):
-        guard.check()
-    guard.check()
-
-
 def test_half_precision_training_end_to_end() -> None:
     """With its scale folded into clipping, a scaled loss gives the parameters that an unscaled one gives."""
     weights = []
@@ -158,7 +97,7 @@ def test_half_precision_training_end_to_end() -> None:
         model = nn.Linear(8, 8)
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler = LossScaler(enabled=scaled)
-        clipper, guard = GradientClipper(model.parameters(), 0.5), NonFiniteGuard("stop", scaler)
+        clipper, guard = GradientClipper(model.parameters(), 0.5), GradientGuard(BadGradientsConfig(), scaler)
         for step in range(5):
             loss = model(torch.ones(2, 8) * (step + 1)).square().mean()
             (loss * scaler.scale).backward()
@@ -177,7 +116,7 @@ def test_clip_and_guard_do_not_wait_for_the_gpu() -> None:
     for parameter, cpu in zip(held, reference, strict=True):
         assert cpu.grad is not None
         parameter.grad = cpu.grad.cuda()
-    clipper, guard = GradientClipper(held, 0.5), NonFiniteGuard("stop", LossScaler(enabled=False))
+    clipper, guard = GradientClipper(held, 0.5), GradientGuard(BadGradientsConfig(), LossScaler(enabled=False))
     loss = torch.tensor(1.0, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,7 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tests.distributed import run_distributed
 from titanarch.contract.roles import VECTOR, Role, roles_of
 from titanarch.train.budget import SECONDS_BETWEEN_AGREEMENTS, Stopwatch, TimeBudget
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.optimizers import AdamConfig, AdamWConfig, MuonConfig, OptimizerConfig, SGDConfig, build_optimizers
 from titanarch.train.reproducibility import resolve_seed
 
@@ -76,7 +77,8 @@ def skipped_alike() -> list[bool]:
     """Only process 0 holds the gradient that is not a number, and all refuse the step."""
     model = Net()
     fully_shard(model)
-    guard, clipper = NonFiniteGuard("skip", LossScaler(enabled=False)), GradientClipper(model.parameters(), MAX_NORM)
+    guard = GradientGuard(BadGradientsConfig(nonfinite="skip"), LossScaler(enabled=False))
+    clipper = GradientClipper(model.parameters(), MAX_NORM)
     admitted = []
     for step in range(3):
         model(torch.ones(3, 6)).backward()

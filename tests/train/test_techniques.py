@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_stops_the_run_by_name(folder: Path, capsys: p
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_asked(folder: Path) -> None:
-    path = run(folder, "skips", "--optimizer.lr", "1e30", "--training.on_nonfinite", "skip", steps=6)
+    path = run(folder, "skips", "--optimizer.lr", "1e30", "--bad_gradients.nonfinite", "skip", steps=6)
     assert result(path)["skipped_steps"] >= 1
     assert rows(path)[-2]["skipped_steps"] == result(path)["skipped_steps"]
 

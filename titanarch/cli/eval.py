@@ -6,17 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from titanarch.checkpoint.errors import CheckpointError
-from titanarch.config.errors import ConfigError, Problem
-from titanarch.config.load import load_overrides
-from titanarch.config.overrides import COMMAND_LINE, override_trees
-from titanarch.config.section import Section
+from titanarch.cli.arguments import layout_of
 from titanarch.evaluate.config import EvaluationConfig
 from titanarch.evaluate.evaluation import EvaluationResult, evaluate, require_readable
 from titanarch.evaluate.evaluator import MAIN_TABLE
-from titanarch.parallel.config import CommConfig, ParallelismConfig
+from titanarch.parallel.config import CommConfig
 from titanarch.train.metrics.files import write_json
 from titanarch.train.metrics.results import heading, table_lines
 from titanarch.train.processes import Processes, start_processes, stop_processes
@@ -29,12 +24,6 @@ processes:
   --parallelism.KEY VALUE   how the model lies on the processes of a launcher, such as
                             --parallelism.context_parallel_degree 4; unless given, each has rows of its own
 """
-
-
-class Layout(Section):
-    """What the command line may say of the configuration; the run has settled the rest."""
-
-    parallelism: ParallelismConfig = Field(default_factory=ParallelismConfig, description="how the model lies on the processes")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the tables, and write evaluation.json in the run. ConfigError where the run cannot be evaluated."""
-    parallelism = _parallelism(args.config_arguments)
+    parallelism = layout_of(args.config_arguments, "eval")
     processes = start_processes(CommConfig())
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("titanarch.evaluate").setLevel(logging.INFO if processes.is_main else logging.WARNING)
@@ -75,15 +64,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         stop_processes(processes)
     return 0
-
-
-def _parallelism(arguments: list[str]) -> ParallelismConfig:
-    """[parallelism] of the command line; ConfigError where it names another section."""
-    others = [key for tree in override_trees(arguments) for key in tree.plain() if key != "parallelism"]
-    if others:
-        message = "is no option of eval, and no key of [parallelism]; the run has settled the rest of its configuration"
-        raise ConfigError(*(Problem(f"'--{key}' {message}", file=COMMAND_LINE) for key in others))
-    return load_overrides(arguments, Layout).parallelism
 
 
 def _with_arguments(config: EvaluationConfig, args: argparse.Namespace) -> EvaluationConfig:

@@ -36,6 +36,8 @@ COMMANDS = {
     "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
     "checkpoint": Command("titanarch.cli.checkpoint", "list, verify, compare and average checkpoints"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
+    "replay": Command("titanarch.cli.replay", "make a step of a run again, and show it beside what was logged"),
+    "diff": Command("titanarch.cli.diff", "find the first step and module at which two runs part"),
     "check": Command("titanarch.cli.check", "check that a component, the package's or your own, keeps the contract"),
     "components": Command("titanarch.cli.components", "list everything that a model can be made of"),
     "new": Command("titanarch.cli.new", "begin a component of your own, with a configuration and tests"),

@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titanarch.checkpoint.errors import CheckpointError
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
 from titanarch.plan.fit import TracingPlanner
-from titanarch.train.gradients import NonFiniteError
+from titanarch.train.guard import BadGradientError
 from titanarch.train.launch import train
 from titanarch.train.memory_report import OutOfMemory
 from titanarch.train.metrics.results import print_result
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
         outcome = record(train)(load_from_arguments(args, RunConfig), TracingPlanner())
-    except (CheckpointError, LostProcessError, NonFiniteError) as error:
+    except (CheckpointError, LostProcessError, BadGradientError) as error:
         print(error, file=sys.stderr)
         return 1
     except OutOfMemory as error:

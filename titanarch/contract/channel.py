@@ -66,6 +66,9 @@ class ChannelMixer(nn.Module, ABC):
     def after_update(self) -> None:
         """Called after every update of the parameters, on all processes."""
 
+    def after_skip(self) -> None:
+        """Called in place of ``after_update`` where an update is not made: what the forwards counted for it is to be forgotten."""
+
 
 class ActivationConfig(ComponentConfig):
     """The table of one activation."""

@@ -123,6 +123,12 @@ class Model(nn.Module, ABC):
         for update in self._updates:
             update()
 
+    def after_skip(self) -> None:
+        """Called where the update of a step is not made, in place of ``after_update``."""
+        for module in self.modules():
+            if isinstance(module, ChannelMixer):
+                module.after_skip()
+
     def max_length(self) -> int | None:
         """Longest row the model can read, tokens, or None where any length works."""
         return None

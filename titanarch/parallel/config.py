@@ -106,3 +106,9 @@ class CommConfig(Section, identity=False):
 
     init_timeout_seconds: Annotated[int, Field(gt=0)] = Field(300, description="until the first step is done, seconds")
     train_timeout_seconds: Annotated[int, Field(gt=0)] = Field(100, description="from then on, seconds")
+    step_timeout_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0, description="a step that takes longer hangs: all processes leave their stacks in the run's folder and end; 0: no limit"
+    )
+    step_timeout_factor: Annotated[float, Field(gt=1)] = Field(
+        10.0, description="the limit is at least so many times the median of the last 50 steps"
+    )

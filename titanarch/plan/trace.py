@@ -22,7 +22,8 @@ from titanarch.plan.collectives import Group
 from titanarch.plan.formulas import formula_bytes
 from titanarch.plan.ledger import ACTIVATIONS, GATHERED, GRADIENTS, OPTIMIZER, OTHER, PARAMETERS, Ledger, Peak
 from titanarch.plan.routes import routes_of
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import GradientGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.resolve import local_batch_size
 from titanarch.train.run_config import RunConfig
@@ -157,7 +158,7 @@ def _train_step(config: RunConfig, built: LaidOut, optimizers: Optimizers, ledge
         optimizers,
         clipper=_WatchedClipper(ledger, built.model.parameters(), config.training.max_norm),
         scaler=scaler,
-        guard=NonFiniteGuard(config.training.on_nonfinite, scaler),
+        guard=GradientGuard(config.bad_gradients, scaler),
         mesh=built.mesh,
         device=torch.device("cpu"),
         seed=0,

@@ -83,6 +83,10 @@ class Budget(ABC):
         self.fraction = min(spent, 1.0)
         self.done = spent >= 1.0
 
+    def roll_back(self, step: int, tokens: int) -> None:
+        """The run has gone back to ``step`` and ``tokens``. Time that was spent stays spent."""
+        self.advance(step, tokens)
+
     @abstractmethod
     def _spent(self, step: int, tokens: int) -> float:
         """The share spent, above 1 where the last step overshot."""
@@ -153,6 +157,10 @@ class TimeBudget(Budget):
 
     def fraction_after(self, n_steps: int) -> None:
         return None
+
+    def roll_back(self, step: int, tokens: int) -> None:
+        self._heard_step = None
+        super().roll_back(step, tokens)
 
     def _agree(self, step: int) -> None:
         """Take process 0's time, its pace, and the step of the next agreement."""

@@ -42,6 +42,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
     collect(_check_schedule, config)
     collect(_check_best, config)
+    collect(_check_bad_gradients, config)
     collect(_check_model, config, degrees, device_type)
     if problems:
         raise ConfigError(*problems)
@@ -89,6 +90,16 @@ def _check_best(config: RunConfig) -> None:
             "make one a multiple of the other, or set this to 0"
         )
         raise ConfigError(Problem(message, key))
+
+
+def _check_bad_gradients(config: RunConfig) -> None:
+    """A run that may go back needs something to go back to."""
+    actions = {"bad_gradients.nonfinite": config.bad_gradients.nonfinite, "bad_gradients.spike": config.bad_gradients.spike}
+    if not config.checkpoint.enable:
+        message = "'roll_back' goes back to a checkpoint: set checkpoint.enable = true, or use 'skip' or 'stop'"
+        problems = [Problem(message, key) for key, action in actions.items() if action == "roll_back"]
+        if problems:
+            raise ConfigError(*problems)
 
 
 def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -> None:

@@ -22,7 +22,8 @@ from titanarch.data.loader import build_loader
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.sequence import sequence_of
 from titanarch.train.check import vocabulary
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import GradientGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.parametrization import base_config
 from titanarch.train.processes import Processes
@@ -119,7 +120,7 @@ def _train_step(config: RunConfig, processes: Processes, built: LaidOut, seed: i
         build_optimizers(config.optimizer, built.model.named_parameters(), built.roles, built.growth),
         clipper=GradientClipper(built.model.parameters(), config.training.max_norm),
         scaler=scaler,
-        guard=NonFiniteGuard(config.training.on_nonfinite, scaler),
+        guard=GradientGuard(config.bad_gradients, scaler),
         mesh=built.mesh,
         device=processes.device,
         seed=seed,

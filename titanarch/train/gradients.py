@@ -1,17 +1,7 @@
-"""Between backward and the optimizer's step: the norm of all gradients, clipping, loss scaling, what is not finite.
-
-The loop does
-
-    norm = clipper.clip(divide_by=scaler.scale)
-    if guard.admits(step, loss, norm):
-        optimizers.step()
-
-and calls ``guard.check()`` when it logs and before it saves.
-"""
+"""Between backward and the optimizer's step: the norm of all gradients, clipping, loss scaling."""
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,17 +9,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titanarch.train.local_optimizers import shard_of
-
-OnNonFinite = Literal["stop", "skip"]
-
-MOST_SKIPS_IN_A_ROW = 100
-"""After so many skipped steps in a row the weights themselves are beyond repair."""
-MOST_UNCHECKED_STEPS = 100
-"""How many steps the guard leaves unread on an accelerator if nobody calls ``check``."""
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is infinite or not a number, and training cannot go on."""
 
 
 class GradientClipper:
@@ -153,75 +132,3 @@ class LossScaler:
             self.scale = state["scale"]
             self._good_steps = int(state["good_steps"])
             self.overflows = int(state["overflows"])
-
-
-class NonFiniteGuard:
-    """Decides whether a step may be made, from the norm of the gradients.
-
-    ``stop``: a loss or norm that is not finite raises NonFiniteError. On the CPU this happens before the step. On an
-    accelerator the step is made, for waiting would cost more than it saves, and the numbers are read by ``check``: when
-    the loop logs, before it saves (so no checkpoint holds spoiled weights), and after 100 steps at the latest.
-    ``skip``: the step is not made and counted in ``skipped``. It needs the norm at each step, so the host waits for the
-    accelerator; all processes skip alike, because they share the norm. Overflows of float16 under a scale above 1 are
-    skipped and counted by the scaler under both policies, and cost the same wait.
-    """
-
-    def __init__(self, policy: OnNonFinite, scaler: LossScaler) -> None:
-        self.policy = policy
-        self.skipped = 0
-        self._scaler = scaler
-        self._in_a_row = 0
-        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
-
-    def admits(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the optimizer may make step number ``step``; ``loss`` and ``norm``: scalars."""
-        if self.policy == "stop" and not self._scaler.enabled and norm.device.type != "cpu":
-            self._unchecked.append((step, loss.detach(), norm))
-            if len(self._unchecked) >= MOST_UNCHECKED_STEPS:
-                self.check()
-            return True
-        finite = math.isfinite(norm.item())
-        if self._scaler.update(finite=finite):
-            return False
-        if self.policy == "stop":
-            _raise_unless_finite(step, loss.item(), norm.item())
-            return True
-        return self._skips_unless(finite, step)
-
-    def check(self) -> None:
-        """Read what has not been read yet; raises NonFiniteError, naming the first bad step."""
-        if not self._unchecked:
-            return
-        unchecked, self._unchecked = self._unchecked, []
-        losses = torch.stack([loss.float() for _, loss, _ in unchecked])
-        norms = torch.stack([norm for _, _, norm in unchecked])
-        for (step, _, _), (loss, norm) in zip(unchecked, torch.stack([losses, norms], dim=1).tolist(), strict=True):
-            _raise_unless_finite(step, loss, norm)
-
-    def _skips_unless(self, finite: bool, step: int) -> bool:
-        if finite:
-            self._in_a_row = 0
-            return True
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= MOST_SKIPS_IN_A_ROW:
-            raise NonFiniteError(
-                f"step {step}: {self._in_a_row} steps in a row had a gradient that is not finite, so skipping helps no more: resume from "
-                "an earlier checkpoint with a lower optimizer.lr or training.max_norm"
-            )
-        return False
-
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["skipped"]
-        self._in_a_row = state["in_a_row"]
-
-
-def _raise_unless_finite(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NonFiniteError(
-            f"step {step}: the loss is {loss} and the gradient norm {norm}; lower optimizer.lr or training.max_norm, raise "
-            "lr_scheduler.warmup_steps, or skip such steps with training.on_nonfinite = 'skip'"
-        )

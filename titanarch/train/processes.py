@@ -16,6 +16,9 @@ from titanarch.train.launchers import Place, find_place
 from titanarch.train.meeting import agree
 from titanarch.train.watch import Watch
 
+RECORDED_COLLECTIVES = 2000
+"""How many of the last collectives of NCCL torch remembers, for what a hang leaves behind."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -55,6 +58,7 @@ def start_processes(config: CommConfig) -> Processes:
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, _gpu(place, torch.cuda.device_count()))
     if kind == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     timeout = timedelta(seconds=config.init_timeout_seconds)
     if place is None:

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.data.loader import RowLoader
 from titanarch.train.budget import Budget
-from titanarch.train.gradients import LossScaler, NonFiniteGuard
+from titanarch.train.gradients import LossScaler
+from titanarch.train.guard import GradientGuard
 
 
 class _Stateful(Protocol):
@@ -18,7 +19,7 @@ class _Stateful(Protocol):
 class Progress:
     """Steps and tokens done, and the small states that go with them."""
 
-    def __init__(self, *, budget: Budget, scaler: LossScaler, guard: NonFiniteGuard, checkpointer: Checkpointer) -> None:
+    def __init__(self, *, budget: Budget, scaler: LossScaler, guard: GradientGuard, checkpointer: Checkpointer) -> None:
         self._checkpointer = checkpointer
         self.step = 0
         self.tokens = 0

@@ -11,7 +11,7 @@ from titanarch.contract.model import MODELS, ModelConfig
 from titanarch.data.config import DataConfig
 from titanarch.evaluate.config import EvaluationConfig, ValidationConfig
 from titanarch.parallel.config import ActivationCheckpointConfig, CommConfig, CompileConfig, ParallelismConfig, QuantizeConfig
-from titanarch.train.gradients import OnNonFinite
+from titanarch.train.guard import BadGradientsConfig
 from titanarch.train.metrics.config import MetricsConfig
 from titanarch.train.optimizers import OPTIMIZERS, OptimizerConfig
 from titanarch.train.profiling import ProfilingConfig
@@ -50,7 +50,6 @@ class TrainingConfig(Section):
         "float32", description="dtype in which gradients are summed over processes"
     )
     z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="factor of the squared log-partition in the loss; 1e-4 is common")
-    on_nonfinite: OnNonFinite = Field("stop", description="a step whose loss or gradient is not finite: stop the run, or skip the step")
     gc_freq: PositiveInt = Field(50, description="steps between garbage collections, on all processes at once", json_schema_extra=FREE)
 
     @model_validator(mode="after")
@@ -77,6 +76,9 @@ class RunConfig(Section):
     optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = Field(description="the optimizer")
     lr_scheduler: Annotated[SchedulerConfig, SCHEDULES] = Field(
         default_factory=lambda: SCHEDULES.resolve("constant"), description="what the learning rate is multiplied by"
+    )
+    bad_gradients: BadGradientsConfig = Field(
+        default_factory=BadGradientsConfig, description="steps whose gradient is not finite, or far larger than usual"
     )
     parallelism: ParallelismConfig = Field(default_factory=ParallelismConfig, description="how processes share the work")
     activation_checkpoint: ActivationCheckpointConfig = Field(default_factory=ActivationCheckpointConfig, description="recompute or keep")

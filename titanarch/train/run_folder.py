@@ -9,6 +9,8 @@
     configs/start-1.json   its versions, device and commit
     metrics.jsonl          one object a logged step; metrics.discarded.jsonl: rows of steps that were run again
     checkpoints/           one folder a checkpoint
+    reports/               one file a step whose gradient was bad
+    hangs/                 stacks of processes in a step that hung; heartbeat.json: the last step done
     result.json            only of a finished run; result.previous.json: of an end that training went on from
 
 Only process 0 starts a folder; what stands above training reads these files and nothing else.

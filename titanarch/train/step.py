@@ -15,7 +15,8 @@ from titanarch.contract.model import Model, Objective
 from titanarch.data.batch import Batch
 from titanarch.evaluate.sequence import sequence_of
 from titanarch.parallel.mesh import Mesh
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import GradientGuard
 from titanarch.train.update import Optimizers
 
 
@@ -43,7 +44,7 @@ class TrainStep:
         *,
         clipper: GradientClipper,
         scaler: LossScaler,
-        guard: NonFiniteGuard,
+        guard: GradientGuard,
         mesh: Mesh,
         device: torch.device,
         seed: int,
@@ -60,7 +61,23 @@ class TrainStep:
         self.z_weight = z_weight
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
-        """Step number ``step``, from 1, on this process's micro-batches, which lie on the host."""
+        """Step number ``step``, from 1, on this process's micro-batches, which lie on the host.
+
+        Raises BadGradientError, before the update and with the gradients in place, where the guard stops the run.
+        """
+        loss, parts = self.backward(batches)
+        norm = self.clipper.clip(divide_by=self.scaler.scale)
+        is_made = self.guard.admits(step, loss, norm)
+        if is_made:
+            self.optimizers.step()
+            self.model.after_update()
+        else:
+            self.model.after_skip()
+        self.optimizers.zero_grad()
+        return StepOutcome(loss, parts, norm, is_made)
+
+    def backward(self, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of a step, times the scaler's scale; this process's parts of the loss and of what else is logged."""
         n_targets = self._global_targets(batches)
         loss: Tensor | None = None
         parts: dict[str, Tensor] = {}
@@ -73,13 +90,7 @@ class TrainStep:
             (differentiated if self.scaler.scale == 1.0 else differentiated * self.scaler.scale).backward()
             del batch
         assert loss is not None, "a step has at least one micro-batch"
-        norm = self.clipper.clip(divide_by=self.scaler.scale)
-        is_made = self.guard.admits(step, loss, norm)
-        if is_made:
-            self.optimizers.step()
-            self.model.after_update()
-        self.optimizers.zero_grad()
-        return StepOutcome(loss, parts, norm, is_made)
+        return loss, parts
 
     def _objectives(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Objective]]:
         """Each micro-batch's forward; gradients are summed over processes in the last one's backward."""

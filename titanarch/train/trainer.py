@@ -1,7 +1,7 @@
 """The run: build, resume, loop, validate, evaluate, write the result."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,31 +9,37 @@ from typing import Any
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
 from titanarch.config.dump import dump_toml, to_table
+from titanarch.data.batch import Batch
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.loader import build_loader
 from titanarch.data.sources import Split
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.evaluation import evaluate
 from titanarch.evaluate.validation import validation_loss
+from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.metrics.devices import device_peak
 from titanarch.train.metrics.environment import environment_record
 from titanarch.train.metrics.log import MetricLog
 from titanarch.train.metrics.meter import StepMeter
+from titanarch.train.metrics.rows import Trimmed
 from titanarch.train.metrics.sink import SinkContext
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes, set_timeout
 from titanarch.train.profiling import Profiler
 from titanarch.train.progress import DataState, Progress
+from titanarch.train.recovery import Recovery
 from titanarch.train.reproducibility import GarbageCollection, seed_global_generators, set_deterministic
 from titanarch.train.resolve import local_batch_size, param_dtype
 from titanarch.train.run_config import RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
-from titanarch.train.setup import build_model
+from titanarch.train.setup import build_model, checkpoint_location
 from titanarch.train.step import StepOutcome, TrainStep
+from titanarch.train.watchdog import StepWatchdog
 
 
 class Trainer:
@@ -60,7 +66,7 @@ class Trainer:
             seed=seed,
         )
         self.scaler = LossScaler(enabled=training.mixed_precision_param == "float16")
-        self.guard = NonFiniteGuard(training.on_nonfinite, self.scaler)
+        self.guard = GradientGuard(config.bad_gradients, self.scaler)
         self.train_step = TrainStep(
             self.model,
             self.optimizers,
@@ -80,6 +86,17 @@ class Trainer:
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
         self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard, checkpointer=self.checkpointer)
+        self.recovery = Recovery(
+            config.bad_gradients,
+            self.train_step,
+            loader=self.loader,
+            tokenizer=self.tokenizer,
+            log=self.log,
+            processes=self.checkpointer.processes,
+            folder=folder.path,
+            checkpoints=checkpoint_location(folder.path, config.checkpoint),
+            verify=config.checkpoint.verify,
+        )
         self.meter = StepMeter(
             device=processes.device,
             n_devices=processes.world_size,
@@ -87,6 +104,7 @@ class Trainer:
             peak_flops_per_second=device_peak(processes.device, param_dtype(config), tf32=False),
             sum_over_processes=processes.sum,
         )
+        self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.validation_sets = self._validation_sets()
 
     @property
@@ -117,8 +135,14 @@ class Trainer:
                     self.config.profiling, self.folder.path, rank=self.processes.rank, device=self.processes.device, start_step=first_step
                 )
             )
+            stack.enter_context(self.watchdog)
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
-            self._loop(profiler.step, garbage.after_step)
+            try:
+                self._loop(profiler.step, garbage.after_step)
+            except BadGradientError as error:
+                with self.watchdog.paused():
+                    self.recovery.report(error.bad)
+                raise
             losses = self._validate()
             if self.config.checkpoint.last_save and self.progress.step > first_step:
                 self._save(losses, last=True)
@@ -132,30 +156,51 @@ class Trainer:
 
     def _loop(self, profile: Callable[[], None], collect_garbage: Callable[[int], None]) -> None:
         batches = self.meter.timed(self.loader)
-        n_batches = self.loader.accumulation_steps
         first_step = self.progress.step + 1
         while not self.budget.done:
             step = self.progress.step + 1
             if reason := self.loader.ended:
                 self.log.event(f"the run ends before step {step}: {reason}")
                 break
-            self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
+            self.watchdog.begin(step)
             self.checkpointer.maybe_wait()
             self._log_saved()
-            outcome = self.train_step(step, [next(batches) for _ in range(n_batches)])
-            self.progress.step, self.progress.tokens = step, self.progress.tokens + self.tokens_per_step
+            outcome = self.train_step(step, self.draw(batches))
+            bad = self.guard.bad
+            if bad is not None and bad.action == "roll_back":
+                with self.watchdog.paused():
+                    self._roll_back(bad)
+                continue
+            self.advance()
             self.processes.watch.finished(step)
-            self.meter.step_done(self.tokens_per_step, {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts})
-            self.budget.advance(step, self.progress.tokens)
+            scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
+            self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
             self._after_step(step, outcome)
+            self.watchdog.end()
             if step == first_step:
                 set_timeout(self.config.comm.train_timeout_seconds)
             profile()
             collect_garbage(step)
 
+    def draw(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step, for which the learning rate is set."""
+        step, first_row = self.progress.step + 1, self.loader.next_row
+        self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
+        drawn = [next(batches) for _ in range(self.loader.accumulation_steps)]
+        self.recovery.drawn(StepRows(step, first_row, self.loader.next_row - 1), drawn)
+        return drawn
+
+    def advance(self) -> None:
+        """The next step is done."""
+        self.progress.step, self.progress.tokens = self.progress.step + 1, self.progress.tokens + self.tokens_per_step
+        self.budget.advance(self.progress.step, self.progress.tokens)
+
     def _after_step(self, step: int, outcome: StepOutcome) -> None:
         """Log, validate, save: rows come before the checkpoint that a resume would find them with."""
-        if not outcome.is_made:
+        if self.guard.bad is not None:
+            with self.meter.paused(), self.watchdog.paused():
+                self.recovery.refused(self.guard.bad, tokens=self.progress.tokens)
+        elif not outcome.is_made:
             self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
         saves = self.checkpointer.due(step) and not self.budget.done
         if self.config.metrics.is_logged(step) or self.budget.done:
@@ -170,11 +215,24 @@ class Trainer:
         if saves:
             self._save(losses, last=False)
 
+    def _roll_back(self, bad: BadStep) -> None:
+        """Back to the last good checkpoint, and on with the rows after those of ``bad``."""
+        self.recovery.refused(bad, tokens=self.progress.tokens)
+        spent = self.budget.state_dict()
+        self.recovery.roll_back(self.state(), self.checkpointer.wait)
+        self.budget.load_state_dict(spent)
+        self.budget.roll_back(self.progress.step, self.progress.tokens)
+        self.log.close()
+        if self.processes.is_main:
+            self._open_log()
+        self.recovery.rolled_back(bad, step=self.progress.step + 1, tokens=self.progress.tokens)
+        self.meter.start(self.budget.fraction)
+
     def _validate(self) -> dict[str, float]:
         """Losses on the fixed rows, logged; {} where validation is off."""
         if not self.validation_sets:
             return {}
-        with self.meter.paused(), self.budget.stopwatch.paused():
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
             losses = {
                 name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.mesh.sum_over_data)[0]
                 for name, batches in self.validation_sets.items()
@@ -203,7 +261,8 @@ class Trainer:
             if validation.enable and n_rows
         }
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run."""
         return {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.model, self.optimizers.torch_optimizers),
@@ -216,9 +275,10 @@ class Trainer:
         """``losses``: as ``_validate`` measured them at this step; {} where it did not."""
         self.guard.check()
         loss = losses.get("validation_loss")
-        with self.meter.paused(), self.budget.stopwatch.paused():
-            state, text = self._state(), dump_toml(self.config)
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
+            state, text = self.state(), dump_toml(self.config)
             self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
+        self.recovery.good_step = self.progress.step
         self._log_saved()
 
     def _log_saved(self) -> None:
@@ -230,20 +290,27 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
-        loaded = self.checkpointer.load(self._state())
-        initial = None if loaded else self.checkpointer.load_initial(self._state())
-        step = self.progress.step
+        loaded = self.checkpointer.load(self.state())
+        initial = None if loaded else self.checkpointer.load_initial(self.state())
+        step = self.recovery.good_step = self.progress.step
         if self.processes.is_main:
-            trimmed = self.folder.resume_at(step)
-            context = SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config))
-            self.log.open(context)
+            trimmed = self._open_log()
             if loaded:
                 self.log.event(f"resumed from {loaded.path} at step {step}{'; ' + str(trimmed) if str(trimmed) else ''}")
                 for reason in loaded.skipped:
                     self.log.event(f"skipped the checkpoint {reason}")
             elif initial:
                 self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
+        if self.recovery.needs_checkpoint and loaded is None:
+            self._save({}, last=False)
         return step
+
+    def _open_log(self) -> Trimmed:
+        """Set the rows of later steps aside, and open the sinks. On process 0."""
+        step = self.progress.step
+        trimmed = self.folder.resume_at(step)
+        self.log.open(SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config)))
+        return trimmed
 
     def _evaluate(self) -> dict[str, Any]:
         """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -108,6 +108,9 @@ class Watch:
         self._cause: Cause | None = None
         self._known, self._told, self._wake = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self.on_end: Callable[[], None] | None = None
+        """Called from a thread where the end of the run is known, and this process is not at fault."""
+        self._hangs = False
         self._number = 0
         self._broken_at: int | None = None
         self._parent = os.getppid()
@@ -143,6 +146,17 @@ class Watch:
         if self._step_file is not None:
             os.close(self._step_file)
             self._step_file = None
+
+    def break_off(self, why: str) -> None:
+        """End the run, since the main thread of this process waits in vain: all processes are told, and those of this node that
+        are stopped go on, so that they hear of it. Does not return."""
+        text = f"process {self.rank} of {self.world_size} (on {socket.gethostname()}, pid {os.getpid()}) says that {why}"
+        if self.world_size > 1:
+            self._own_failure, self._hangs = Cause(self.rank, text), True
+            self._wake.set()
+            self._known.wait(STORE_SECONDS)
+            time.sleep(GRACE_SECONDS)
+        self._end(text if self._cause is None else self._cause.text)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -206,6 +220,9 @@ class Watch:
         own = Beat(self._number, self._step, socket.gethostname(), os.getpid(), self._parent, self._step_path, self._state)
         store.set(f"{prefix}/{self.rank}", json.dumps(asdict(own)))
         if self._own_failure is not None:
+            if self._hangs:
+                self._awaken([Beat(**json.loads(store.get(key))) for key in self._keys(prefix) if store.check([key])])
+                self._hangs = False
             self._publish(store, prefix, self._own_failure)
             self._told.set()
         elif store.check([f"{prefix}/cause"]):
@@ -218,13 +235,20 @@ class Watch:
             if silent is not None:
                 self._publish(store, prefix, silent)
 
+    def _keys(self, prefix: str) -> list[str]:
+        """Of the beats of the other processes."""
+        return [f"{prefix}/{rank}" for rank in range(self.world_size) if rank != self.rank]
+
     def _publish(self, store: Store, prefix: str, cause: Cause) -> None:
         """Write ``cause``, unless there is one already."""
         self._learn(store.compare_set(f"{prefix}/cause", "", json.dumps(asdict(cause))))
 
     def _learn(self, text: bytes) -> None:
         self._cause = Cause(**json.loads(text))
-        self._known.set()
+        if not self._known.is_set():
+            if self.on_end is not None and self._own_failure is None:
+                self.on_end()
+            self._known.set()
 
     def _silent(self, store: Store, prefix: str, ranks: list[int], broken: bool) -> Cause | None:
         """The processes of ``ranks`` whose beats stand still; when ``broken`` and all beat, those that wait for nobody."""

@@ -222,3 +222,9 @@ class MoE(ChannelMixer):
         tokens_E = self.counts.over_batch(self.tokens_E)
         self.bias_E.add_(torch.sign(tokens_E.mean() - tokens_E), alpha=self.config.bias_rate)
         self.tokens_E.zero_()
+
+    @torch.no_grad()
+    def after_skip(self) -> None:
+        """Forget the tokens counted since the last update."""
+        if self.config.bias_rate:
+            self.tokens_E.zero_()

@@ -70,7 +70,10 @@ class StepMeter:
         self._n_rows = 0
 
     def start(self, fraction: float) -> None:
-        """The loop begins now; ``fraction`` of the run (0 to 1) was done by earlier starts."""
+        """The loop begins now, or again; ``fraction`` of the run (0 to 1) was done before. Steps that are in no row are forgotten."""
+        self._now = Interval()
+        self._partials.clear()
+        self._scalars.clear()
         self._interval_start, self._paused_seconds = self._clock(), 0.0
         self._eta_start = (self._interval_start, fraction)
 

@@ -1,0 +1,212 @@
+"""A step's gradients once more, looked at module by module.
+
+Random draws are keyed by row and position, so the same weights and rows give the same step: what is looked at is what
+happened. Modules are named as the bare model names them. A module's outputs are looked at when its forward ends, so a part
+comes before what holds it, and their gradients when backward has them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanarch.checkpoint.processes import Processes
+from titanarch.data.batch import Batch
+from titanarch.train.gradients import GradientClipper
+from titanarch.train.local_optimizers import shard_of
+from titanarch.train.step import TrainStep
+
+WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})
+ROOT = "(the model)"
+
+Seen = Callable[[int, str, Sequence[Tensor]], None]
+"""Takes the number of the micro-batch, a module's name and its floating-point outputs, local and without gradient."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module in a micro-batch of a process; ``order``: how many modules came before it there."""
+
+    micro_batch: int
+    order: int
+    module: str
+    process: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of all processes. ``norms``: of the gradients before clipping, by layer.
+
+    ``forward``, ``backward``: where first an output, or the gradient of one, was not finite; None where all were.
+    ``parameters``: those whose gradient is not finite, in backward order.
+    """
+
+    loss: float
+    norm: float
+    norms: dict[str, float]
+    forward: Place | None
+    backward: Place | None
+    parameters: tuple[str, ...]
+
+    @property
+    def first_backward(self) -> str | None:
+        """The first module in backward order with a gradient that is not finite: of its output, or of its own parameter."""
+        if self.backward is not None:
+            return self.backward.module
+        return (self.parameters[0].rpartition(".")[0] or ROOT) if self.parameters else None
+
+
+def plain_name(name: str) -> str:
+    """``name`` without what wraps modules."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def layer_of(parameter: str) -> str:
+    """The layer of a parameter: up to the first number in its name (``layers.3``), else its module."""
+    parts = plain_name(parameter).split(".")
+    numbered = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parts[0]
+
+
+def norms_by_layer(model: nn.Module, divide_by: float = 1.0) -> dict[str, float]:
+    """The 2-norm of the gradients of each layer, over all processes; they are divided by ``divide_by`` in place."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        layers.setdefault(layer_of(name), []).append(parameter)
+    return {layer: GradientClipper(parameters, math.inf).clip(divide_by).item() for layer, parameters in layers.items()}
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in what a module returns."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
+class _Probe:
+    """Hooks on every module of ``model``, in place while the context is entered. What activations are recomputed for is left out."""
+
+    def __init__(self, model: nn.Module, seen: Seen, differentiated: Seen) -> None:
+        self._model, self._seen, self._differentiated = model, seen, differentiated
+        self._micro_batch = -1
+        self._is_forward = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = [self._model.register_forward_pre_hook(self._begin, prepend=True)]
+        for name, module in self._model.named_modules():
+            if name.rpartition(".")[2] not in WRAPPERS:
+                handles.append(module.register_forward_hook(self._hook(plain_name(name) or ROOT, is_root=module is self._model)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, *_: object) -> None:
+        self._micro_batch += 1
+        self._is_forward = True
+
+    def _hook(self, name: str, *, is_root: bool) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not self._is_forward:
+                return
+            found = list(tensors_of(output))
+            self._seen(self._micro_batch, name, [shard_of(tensor.detach()) for tensor in found])
+            number = self._micro_batch
+            for tensor in found:
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad: self._differentiated(number, name, [shard_of(grad.detach())]))
+            if is_root:
+                self._is_forward = False
+
+        return hook
+
+
+class _FirstBad:
+    """Remembers the first tensors that are not finite, and when each module came last."""
+
+    def __init__(self, process: int) -> None:
+        self.place: Place | None = None
+        self.order: dict[str, int] = {}
+        self._process = process
+        self._calls = 0
+
+    def __call__(self, micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
+        self.order[module] = self._calls
+        if self.place is None and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            self.place = Place(micro_batch, self._calls, module, self._process)
+        self._calls += 1
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Run the step's forwards as before, outside of compiled graphs, and leave no trace: buffers and generators are put back."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def inspect(train_step: TrainStep, batches: Sequence[Batch], processes: Processes, seen: Seen | None = None) -> Inspection:
+    """Compute the gradients of ``batches`` again, and drop them. Collective.
+
+    ``seen``: takes every module's outputs too, in forward order.
+    """
+    model = train_step.model
+    forward, backward = _FirstBad(processes.rank), _FirstBad(processes.rank)
+
+    def in_forward(micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
+        forward(micro_batch, module, tensors)
+        if seen is not None:
+            seen(micro_batch, module, tensors)
+
+    train_step.optimizers.zero_grad()
+    with unchanged(model), _Probe(model, in_forward, backward).attached():
+        loss, _ = train_step.backward(batches)
+    norms = norms_by_layer(model, train_step.scaler.scale)
+    parameters = _not_finite(model, backward.order)
+    train_step.optimizers.zero_grad()
+    found = processes.gather((loss.item(), forward.place, backward.place, parameters))
+    return Inspection(
+        loss=sum(each[0] for each in found),
+        norm=math.sqrt(sum(norm * norm for norm in norms.values())),
+        norms=norms,
+        forward=_first(each[1] for each in found),
+        backward=_first(each[2] for each in found),
+        parameters=tuple(name for name, _ in sorted({key: order for each in found for key, order in each[3].items()}.items(), key=_order)),
+    )
+
+
+def _not_finite(model: nn.Module, order: Mapping[str, int]) -> dict[str, int]:
+    """The parameters whose gradient here is not finite, and when backward came to their module; the last where it is not known."""
+    bad: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(shard_of(parameter.grad).isfinite().all()):
+            plain = plain_name(name)
+            bad[plain] = order.get(plain.rpartition(".")[0] or ROOT, len(order) + len(bad))
+    return bad
+
+
+def _first(places: Iterator[Place | None]) -> Place | None:
+    return min((place for place in places if place is not None), key=lambda place: (place.micro_batch, place.order), default=None)
+
+
+def _order(item: tuple[str, int]) -> int:
+    return item[1]

@@ -1,0 +1,173 @@
+"""A step of a run once more, from its nearest earlier checkpoint, on any layout and in any dtype. Nothing is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from titanarch.checkpoint.storage import Storage, step_of
+from titanarch.checkpoint.store import load
+from titanarch.checkpoint.verifying import problem_of
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.config.load import load_config
+from titanarch.data.batch import Batch
+from titanarch.parallel.config import ParallelismConfig
+from titanarch.train.bad_reports import StepRows
+from titanarch.train.check import check_run
+from titanarch.train.inspection import Inspection, Seen, inspect, plain_name
+from titanarch.train.local_optimizers import shard_of
+from titanarch.train.metrics.rows import read_rows
+from titanarch.train.processes import Processes
+from titanarch.train.run_config import DType, RunConfig
+from titanarch.train.run_folder import RunFolder
+from titanarch.train.setup import checkpoint_location
+from titanarch.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is computed again. ``dtype``, ``local_batch_size``: None as the run has it."""
+
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    dtype: DType | None = None
+    local_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Step ``step``, from the checkpoint of ``start`` (0: the initial weights).
+
+    ``losses``: of the steps between, by step, and of this one. ``batches``: this process's rows of it.
+    """
+
+    step: int
+    start: int
+    rows: StepRows
+    losses: dict[int, float]
+    inspection: Inspection
+    batches: list[Batch]
+
+
+Watching = Callable[[str, Tensor], None]
+"""Takes the name and this process's part of each parameter, as it is before the step."""
+
+
+def replay(
+    folder: Path,
+    step: int,
+    processes: Processes,
+    *,
+    layout: Layout | None = None,
+    rolled_back: bool = False,
+    seen: Seen | None = None,
+    parameters: Watching | None = None,
+) -> Replayed:
+    """Make step number ``step`` of the run in ``folder`` again, but for its update. Collective.
+
+    ``rolled_back``: the attempt that the run went back from, where it has one. ``seen``: see ``inspect``. Raises
+    ConfigError where there is no such run or step, or ``layout`` does not fit.
+    """
+    layout = layout or Layout()
+    config = replayed_config(folder, layout)
+    check_run(config, world_size=processes.world_size, device_type=processes.device.type)
+    location = checkpoint_location(folder, config.checkpoint)
+    start = nearest(location, step)
+    _check_step(config, step, start)
+    trainer = Trainer(config, processes, RunFolder(folder))
+    try:
+        _load(trainer, location, start)
+        if not rolled_back:
+            trainer.recovery.pass_rows(_first_row_after_roll_back(folder, start, step))
+        losses = _steps_before(trainer, step, processes)
+        batches = trainer.draw(trainer.loader)
+        for name, parameter in trainer.model.named_parameters():
+            if parameters is not None:
+                parameters(plain_name(name), shard_of(parameter.detach()))
+        inspection = inspect(trainer.train_step, batches, trainer.checkpointer.processes, seen)
+        return Replayed(step, start, trainer.recovery.last_rows, {**losses, step: inspection.loss}, inspection, batches)
+    finally:
+        trainer.loader.close()
+        trainer.checkpointer.close()
+
+
+def replayed_config(folder: Path, layout: Layout) -> RunConfig:
+    """The run's configuration, with ``layout`` and without what it would write."""
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(Problem(f"{folder} holds no config.toml, so it is no run; give the dump_folder of a run"))
+    config = load_config(folder / "config.toml", (), RunConfig).config
+    changed = {"mixed_precision_param": layout.dtype, "local_batch_size": layout.local_batch_size}
+    return config.model_copy(
+        update={
+            "parallelism": layout.parallelism,
+            "training": config.training.model_copy(update={key: value for key, value in changed.items() if value is not None}),
+            "metrics": config.metrics.model_copy(update={"sinks": ()}),
+            "validation": config.validation.model_copy(update={"enable": False}),
+        }
+    )
+
+
+def nearest(location: str, step: int) -> int:
+    """The step of the newest checkpoint before ``step`` whose files are all there; 0 where there is none."""
+    storage, found = Storage(location), 0
+    for name in storage.folders():
+        its_step = step_of(name)
+        if its_step is None or not found < its_step < step or not storage.is_committed(name):
+            continue
+        try:
+            problem = problem_of(storage, name, storage.marker(name))
+        except ValueError:
+            continue
+        found = found if problem else its_step
+    return found
+
+
+def logged_row(folder: Path, step: int) -> tuple[dict[str, float | int], int] | None:
+    """The training row of ``step``, and the first of the steps that its means are over; None where it was not logged."""
+    path, before = RunFolder(folder).metrics_path, 0
+    for row in read_rows(path) if path.is_file() else ():
+        if "tokens_per_second" not in row:
+            continue
+        if row["step"] == step:
+            return row, before + 1
+        before = int(row["step"])
+    return None
+
+
+def _check_step(config: RunConfig, step: int, start: int) -> None:
+    if step < 1:
+        raise ConfigError(Problem(f"--step {step}: steps are numbered from 1"))
+    if config.training.minutes is not None and step > start + 1:
+        message = f"the learning rates between step {start}, the last checkpoint before it, and step {step} went by the clock"
+        raise ConfigError(Problem(f"{message}: of a run by training.minutes only the step after a checkpoint can be made again"))
+
+
+def _load(trainer: Trainer, location: str, start: int) -> None:
+    if start == 0 and not any(step_of(name) == 0 for name in Storage(location).folders()):
+        trainer.checkpointer.load_initial(trainer.state())
+    else:
+        load(location, trainer.state(), step=start, processes=trainer.checkpointer.processes)
+    trainer.recovery.good_step = start
+    trainer.budget.start(trainer.progress.step, trainer.progress.tokens)
+
+
+def _first_row_after_roll_back(folder: Path, start: int, step: int) -> int:
+    """Where the run's rows went on after it went back to the checkpoint of ``start`` for the last time; 0 where it did not."""
+    path = RunFolder(folder).metrics_path
+    rows = [row for row in read_rows(path) if "rolled_back_from" in row and start < row["step"] <= step] if path.is_file() else []
+    return int(rows[-1]["skipped_last_row"]) + 1 if rows else 0
+
+
+def _steps_before(trainer: Trainer, step: int, processes: Processes) -> dict[int, float]:
+    """Make the steps up to ``step``; their losses."""
+    losses: dict[int, float] = {}
+    while trainer.progress.step < step - 1:
+        number = trainer.progress.step + 1
+        outcome = trainer.train_step(number, trainer.draw(trainer.loader))
+        bad = trainer.guard.bad
+        if bad is not None and bad.action == "roll_back":
+            trainer.recovery.roll_back(trainer.state(), trainer.checkpointer.wait)
+            continue
+        losses[number] = processes.sum(outcome.loss.clone()).item()
+        trainer.advance()
+    return losses
