@@ -25,7 +25,8 @@ from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.data.batch import Batch, Windows, make_batch
 from titanarch.ops.biased_attention import AttentionTokens, biased_attention
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.local_optimizers import shard_of
 from titanarch.train.metrics.devices import device_peak
 from titanarch.train.optimizers import build_optimizers
@@ -122,7 +123,7 @@ def _train_step(config: RunConfig, processes: Processes, vocab_size: int) -> Tra
         build_optimizers(config.optimizer, model.named_parameters(), laid_out.roles, laid_out.growth),
         clipper=GradientClipper(model.parameters(), config.training.max_norm),
         scaler=scaler,
-        guard=NonFiniteGuard("stop", scaler),
+        guard=GradientGuard(BadGradientsConfig(), scaler),
         mesh=laid_out.mesh,
         device=processes.device,
         seed=0,

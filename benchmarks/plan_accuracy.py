@@ -24,7 +24,8 @@ from titanarch.config.load import load_config
 from titanarch.plan.fit import vocab_size_of
 from titanarch.plan.ledger import Ledger
 from titanarch.plan.trace import axis_names, synthetic_batch, trace_step
-from titanarch.train.gradients import GradientClipper, LossScaler, NonFiniteGuard
+from titanarch.train.gradients import GradientClipper, LossScaler
+from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.optimizers import build_optimizers
 from titanarch.train.processes import Processes
 from titanarch.train.resolve import local_batch_size, resolve
@@ -92,7 +93,7 @@ def measured(config: RunConfig, vocab_size: int) -> dict[str, Any]:
             optimizers,
             clipper=GradientClipper(built.model.parameters(), config.training.max_norm),
             scaler=scaler,
-            guard=NonFiniteGuard("stop", scaler),
+            guard=GradientGuard(BadGradientsConfig(), scaler),
             mesh=built.mesh,
             device=torch.device("cpu"),
             seed=0,
