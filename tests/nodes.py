@@ -32,7 +32,7 @@ class Run:
     folder: Path
     process: subprocess.Popen[str]
 
-    def wait_for_step(self, step: int, seconds: float = 200.0) -> None:
+    def wait_for_step(self, step: int, seconds: float = 400.0) -> None:
         """Until the row of ``step`` is written; fails with the output where the run ends before."""
         deadline = time.monotonic() + seconds
         while max(losses_in(self.folder), default=0) < step:
@@ -49,7 +49,7 @@ class Run:
                 found[int(variables["RANK"])] = pid
         return found
 
-    def end(self, seconds: float = 120.0) -> tuple[int, str, str]:
+    def end(self, seconds: float = 400.0) -> tuple[int, str, str]:
         """Status, stdout and stderr, once it has ended."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err

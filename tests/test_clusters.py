@@ -118,13 +118,13 @@ LAUNCHES = [f"node {n} of 2 at node003:24211, 4 processes, 2 restarts, bash: --c
 
 
 def test_slurm_starts_one_launcher_a_node(cluster: Cluster) -> None:
-    _, err = (job := cluster.start("--config", "a b.toml")).communicate(timeout=60)
+    _, err = (job := cluster.start("--config", "a b.toml")).communicate(timeout=400)
     assert job.returncode == 0, err
     assert cluster.record() == [*LAUNCHES, SRUN_CALL]
 
 
 def test_slurm_passes_a_failure_on(cluster: Cluster) -> None:
-    _, err = (job := cluster.start("--config", "a b.toml", STATUS="3")).communicate(timeout=60)
+    _, err = (job := cluster.start("--config", "a b.toml", STATUS="3")).communicate(timeout=400)
     assert job.returncode == 3, err
     assert cluster.record() == [*LAUNCHES, SRUN_CALL], "a run that breaks is not queued again"
 
@@ -136,7 +136,7 @@ def test_slurm_queues_again_before_the_time_limit(cluster: Cluster, restarts: st
     cluster.wait_for_launchers(2)
     job.send_signal(signal.SIGUSR1)
     started = time.monotonic()
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=400)
     assert time.monotonic() - started < 30
     assert job.returncode == (0 if queued else 1), err
     assert cluster.record() == [*LAUNCHES, *(["requeue 4211"] if queued else []), SRUN_CALL]
@@ -144,10 +144,10 @@ def test_slurm_queues_again_before_the_time_limit(cluster: Cluster, restarts: st
 
 
 def test_slurm_needs_the_repository(cluster: Cluster) -> None:
-    _, err = (job := cluster.start("--config", "a.toml", submit_folder=cluster.root)).communicate(timeout=60)
+    _, err = (job := cluster.start("--config", "a.toml", submit_folder=cluster.root)).communicate(timeout=400)
     assert job.returncode == 2
     assert "submit from the repository, or set TITANARCH_HOME" in err
-    _, err = (job := cluster.start("--config", "a.toml", submit_folder=cluster.root, TITANARCH_HOME="repository")).communicate(timeout=60)
+    _, err = (job := cluster.start("--config", "a.toml", submit_folder=cluster.root, TITANARCH_HOME="repository")).communicate(timeout=400)
     assert job.returncode == 0, err
 
 
@@ -163,7 +163,7 @@ def test_slurm_resumes_a_real_run(cluster: Cluster, tmp_path: Path) -> None:
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
     assert "requeue 4211" in cluster.record()
     last = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*") if (path / "COMMITTED.json").exists())
@@ -172,7 +172,7 @@ def test_slurm_resumes_a_real_run(cluster: Cluster, tmp_path: Path) -> None:
         f"--training.steps={last + 2}",
         **{**variables, "PATH": f"{cluster.root / 'bin'}:{os.environ['PATH']}", "SLURM_RESTART_COUNT": "1"},
     )
-    out, err = again.communicate(timeout=200)
+    out, err = again.communicate(timeout=400)
     assert again.returncode == 0, err
     assert re.search(rf"resumed from .*step-0*{last} at step {last}", out + err), out + err
     assert (run / "result.json").is_file()

@@ -87,7 +87,7 @@ class Clone:
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=400)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self) -> list[str]:
@@ -168,7 +168,7 @@ def test_a_killed_installation_leaves_no_stamp(clone: Clone) -> None:
 
 def test_two_launches_install_once(clone: Clone) -> None:
     launches = [clone.start("--config", "a.toml", PIP_SECONDS="1") for _ in range(2)]
-    errors = [launch.communicate(timeout=60)[1] for launch in launches]
+    errors = [launch.communicate(timeout=200)[1] for launch in launches]
     assert [launch.returncode for launch in launches] == [0, 0]
     assert sum("waiting for it" in error for error in errors) == 1
     calls = clone.calls()
@@ -411,7 +411,7 @@ def test_a_failing_process_fails_the_launch(real: Clone) -> None:
 def test_two_nodes_share_the_ranks(real: Clone) -> None:
     endpoint = f"localhost:{free_port()}"
     nodes = [real.start("--config", "a.toml", NNODES="2", NODE_RANK=str(rank), RDZV_ENDPOINT=endpoint) for rank in (1, 0)]
-    output = [node.communicate(timeout=120)[0] for node in nodes]
+    output = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0]
     assert sorted(output) == ["[rank0]:rank 0 of 4 --config a.toml\n", "[rank2]:rank 2 of 4 --config a.toml\n"]
 

@@ -158,7 +158,7 @@ def test_two_processes_of_another_launcher_train(tmp_path: Path, launcher: objec
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=250) for process in processes]
+    outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(losses_in(tmp_path / "run")) == [1, 2]
     assert '"n_processes": 2' in (tmp_path / "run/result.json").read_text()

@@ -74,7 +74,7 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
         assert left_over(folder) == {}
         steps = f"--training.steps={max(losses_in(folder)) + 2}"
         runs = on_two_hosts(folder, hosts, steps)
-        ends = [run.end(250) for run in runs]
+        ends = [run.end() for run in runs]
         assert [status for status, _, _ in ends] == [0, 0], ends
         assert "resumed from" in "".join(out + err for _, out, err in ends)
         assert hosts[1].received_bytes() - before > 2_000_000, "gradients did not cross the cable"
@@ -127,7 +127,7 @@ def test_processes_start_again_and_fail_again(tmp_path: Path) -> None:
         run = launch(folder, *OPTIONS, ENDLESS, NGPU="2", MAX_RESTARTS="1", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
         run.wait_for_step(3)
         os.kill(run.workers()[0], signal.SIGKILL)
-        status, out, err = run.end(250)
+        status, out, err = run.end()
         assert status == 1
         resumed = re.search(r"resumed from .* at step (\d+)", out + err)
         assert resumed, out + err

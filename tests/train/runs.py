@@ -99,7 +99,7 @@ def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) 
             forks.append(CONTEXT.Process(target=titanarch, args=(arguments, own, output), daemon=False))
         for fork in forks:
             fork.start()
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         for fork in forks:
             fork.join(max(0.0, deadline - time.monotonic()))
         late = [fork for fork in forks if fork.is_alive()]
