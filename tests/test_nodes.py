@@ -80,7 +80,8 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
         assert hosts[1].received_bytes() - before > 2_000_000, "gradients did not cross the cable"
     found, expected = losses_in(folder), losses_of_one_process(tmp_path / "alone", steps)
     assert found == pytest.approx(expected, rel=2e-3)  # another order of sums tells more and more; other rows differ by 1e-2
-    assert [found[step] for step in range(1, 11)] == pytest.approx([expected[step] for step in range(1, 11)], rel=2e-6)
+    early = range(1, min(10, max(found)) + 1)  # the killed run had made three steps at least
+    assert [found[step] for step in early] == pytest.approx([expected[step] for step in early], rel=2e-6)
 
 
 @pytest.mark.parametrize(

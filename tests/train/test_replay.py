@@ -57,6 +57,17 @@ def test_a_replayed_step_is_the_logged_one(plain: Path, capsys: pytest.CaptureFi
     assert float(low["loss"][0]) == pytest.approx(float(low["loss"][1]), rel=1e-2)
 
 
+def test_a_damaged_checkpoint_is_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run(folder, "damaged", "--checkpoint.interval", "3", steps=8)
+    file = path / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    found, said = replayed(path, capsys, 8)
+    assert found["loss"][0] == found["loss"][1]
+    assert "from the checkpoint of step 3: rows 56 to 63" in said
+
+
 def test_a_step_after_a_roll_back_has_its_rows(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CausalLanguageModel, "forward", faulty_forward({56: "nan"}))  # the first row of step 8
     path = run(folder, "rolled", "--bad_gradients.nonfinite", "roll_back", "--checkpoint.last_save", "false", steps=8)

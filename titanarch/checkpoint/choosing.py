@@ -29,14 +29,16 @@ class _Listed:
     any_damaged: bool = False
 
 
-def choose(storage: Storage, step: int = -1, *, how: Verification, processes: Processes) -> Choice:
-    """The checkpoint committed last whose files all verify; only those of ``step`` unless it is -1. Collective.
+def choose(storage: Storage, step: int = -1, *, before: int | None = None, how: Verification, processes: Processes) -> Choice:
+    """The checkpoint committed last whose files all verify. Collective.
+
+    Only those of ``step`` are looked at unless it is -1, and only those of steps below ``before`` unless it is None.
 
     Raises:
         CheckpointError: there are committed checkpoints, and every one is damaged; or a newer program wrote one.
         ConfigError: there is no sound checkpoint of ``step``.
     """
-    listed = processes.from_first(lambda: _list(storage, step))
+    listed = processes.from_first(lambda: _list(storage, step, before))
     skipped, any_damaged = listed.skipped, listed.any_damaged
     for folder, marker in listed.committed:
         problem = verify(storage, folder, marker, how=how, processes=processes)
@@ -54,10 +56,14 @@ def choose(storage: Storage, step: int = -1, *, how: Verification, processes: Pr
     return Choice(None, tuple(skipped))
 
 
-def _list(storage: Storage, step: int) -> _Listed:
+def _list(storage: Storage, step: int, before: int | None) -> _Listed:
     """See ``choose``; the files are not looked at, but for the markers."""
     listed = _Listed(storage.folders())
-    for folder in (f for f in listed.folders if step in (-1, step_of(f))):
+    for folder in listed.folders:
+        its_step = step_of(folder)
+        assert its_step is not None, "the storage lists folders of checkpoints alone"
+        if step not in (-1, its_step) or (before is not None and its_step >= before):
+            continue
         try:
             if storage.is_committed(folder):
                 listed.committed.append((folder, storage.marker(folder)))

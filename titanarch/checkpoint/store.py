@@ -57,13 +57,13 @@ class Saved:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pending:
     """A save that may still be running."""
 
     step: int
     upload: "Future[Uploaded]"
-    stall_seconds: float = 0.0
+    stall_seconds: float
 
 
 class Checkpointer:
@@ -133,11 +133,11 @@ class Checkpointer:
             own_process=mode == "process",
             retention=Retention.of(self.config),
         )
-        self._pending = _Pending(step, running)
-        if force_sync or mode == "disabled":
+        is_awaited = force_sync or mode == "disabled"
+        if is_awaited:
             running.exception()  # waits; what it is, wait() raises
-        self._pending.stall_seconds = time.monotonic() - start
-        if force_sync or mode == "disabled":
+        self._pending = _Pending(step, running, time.monotonic() - start)
+        if is_awaited:
             self.wait()
 
     def maybe_wait(self) -> None:
@@ -201,16 +201,22 @@ class Checkpointer:
 
 
 def load(
-    location: str | Path, state: State, *, step: int = -1, how: Verification = "checksums", processes: Processes | None = None
+    location: str | Path,
+    state: State,
+    *,
+    step: int = -1,
+    before: int | None = None,
+    how: Verification = "checksums",
+    processes: Processes | None = None,
 ) -> LoadedStep | None:
-    """Load ``state`` from the checkpoint below ``location`` committed last that verifies, or from that of ``step``.
+    """Load ``state`` from the checkpoint below ``location`` committed last that verifies, or from that of ``step``, or below ``before``.
 
     For what reads a run and saves nothing, such as evaluation: works without ``torch.distributed`` on one process,
     and is collective with it. ``how``: what is compared before it is loaded. None, and errors: as ``Checkpointer.load``.
     """
     processes = processes or Processes(timedelta(hours=1))
     storage = Storage(location)
-    choice = choose(storage, step, how=how, processes=processes)
+    choice = choose(storage, step, before=before, how=how, processes=processes)
     if processes.rank == 0:
         for reason in choice.skipped:
             logger.warning("skipped the checkpoint %s", reason)

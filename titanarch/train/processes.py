@@ -22,12 +22,15 @@ RECORDED_COLLECTIVES = 2000
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of ``world_size``, the device of this process, and the watch over the others."""
+    """``rank`` of ``world_size``, the device of this process, and the watch over the others, which is not started here."""
 
     rank: int
     world_size: int
     device: torch.device
-    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    watch: Watch = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "watch", Watch(self.rank, self.world_size))
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +75,7 @@ def start_processes(config: CommConfig) -> Processes:
     dist.init_process_group(
         backend, store=PrefixStore(f"titanarch/{name}", store), rank=place.rank, world_size=place.world_size, timeout=timeout
     )
-    processes = Processes(place.rank, place.world_size, device, Watch(place.rank, place.world_size))
+    processes = Processes(place.rank, place.world_size, device)
     processes.watch.start((place.address, place.port), name)
     return processes
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from titanarch.checkpoint.storage import Storage, step_of
 from titanarch.checkpoint.store import load
-from titanarch.checkpoint.verifying import problem_of
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.load import load_config
 from titanarch.data.batch import Batch
@@ -68,15 +66,15 @@ def replay(
     ``rolled_back``: the attempt that the run went back from, where it has one. ``seen``: see ``inspect``. Raises
     ConfigError where there is no such run or step, or ``layout`` does not fit.
     """
+    if step < 1:
+        raise ConfigError(Problem(f"--step {step}: steps are numbered from 1"))
     layout = layout or Layout()
     config = replayed_config(folder, layout)
     check_run(config, world_size=processes.world_size, device_type=processes.device.type)
     location = checkpoint_location(folder, config.checkpoint)
-    start = nearest(location, step)
-    _check_step(config, step, start)
     trainer = Trainer(config, processes, RunFolder(folder))
     try:
-        _load(trainer, location, start)
+        start = _load(trainer, location, step)
         if not rolled_back:
             trainer.recovery.pass_rows(_first_row_after_roll_back(folder, start, step))
         losses = _steps_before(trainer, step, processes)
@@ -107,21 +105,6 @@ def replayed_config(folder: Path, layout: Layout) -> RunConfig:
     )
 
 
-def nearest(location: str, step: int) -> int:
-    """The step of the newest checkpoint before ``step`` whose files are all there; 0 where there is none."""
-    storage, found = Storage(location), 0
-    for name in storage.folders():
-        its_step = step_of(name)
-        if its_step is None or not found < its_step < step or not storage.is_committed(name):
-            continue
-        try:
-            problem = problem_of(storage, name, storage.marker(name))
-        except ValueError:
-            continue
-        found = found if problem else its_step
-    return found
-
-
 def logged_row(folder: Path, step: int) -> tuple[dict[str, float | int], int] | None:
     """The training row of ``step``, and the first of the steps that its means are over; None where it was not logged."""
     path, before = RunFolder(folder).metrics_path, 0
@@ -134,21 +117,19 @@ def logged_row(folder: Path, step: int) -> tuple[dict[str, float | int], int] | 
     return None
 
 
-def _check_step(config: RunConfig, step: int, start: int) -> None:
-    if step < 1:
-        raise ConfigError(Problem(f"--step {step}: steps are numbered from 1"))
-    if config.training.minutes is not None and step > start + 1:
+def _load(trainer: Trainer, location: str, step: int) -> int:
+    """The newest sound checkpoint before ``step``, or what the run began with; its step, 0 for that."""
+    processes, verify = trainer.checkpointer.processes, trainer.config.checkpoint.verify
+    loaded = load(location, trainer.state(), before=step, how=verify, processes=processes)
+    if loaded is None:
+        trainer.checkpointer.load_initial(trainer.state())
+    start = 0 if loaded is None else loaded.step
+    if trainer.config.training.minutes is not None and step > start + 1:
         message = f"the learning rates between step {start}, the last checkpoint before it, and step {step} went by the clock"
         raise ConfigError(Problem(f"{message}: of a run by training.minutes only the step after a checkpoint can be made again"))
-
-
-def _load(trainer: Trainer, location: str, start: int) -> None:
-    if start == 0 and not any(step_of(name) == 0 for name in Storage(location).folders()):
-        trainer.checkpointer.load_initial(trainer.state())
-    else:
-        load(location, trainer.state(), step=start, processes=trainer.checkpointer.processes)
     trainer.recovery.good_step = start
     trainer.budget.start(trainer.progress.step, trainer.progress.tokens)
+    return start
 
 
 def _first_row_after_roll_back(folder: Path, start: int, step: int) -> int:

@@ -104,7 +104,7 @@ class Trainer:
             peak_flops_per_second=device_peak(processes.device, param_dtype(config), tf32=False),
             sum_over_processes=processes.sum,
         )
-        self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path, is_main=processes.is_main)
+        self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.validation_sets = self._validation_sets()
 
     @property

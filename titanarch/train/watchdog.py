@@ -42,11 +42,8 @@ class StepWatchdog:
     (validation, saving) has no limit. The thread of a process that is stopped sees the time when it goes on.
     """
 
-    def __init__(
-        self, config: CommConfig, watch: Watch, folder: Path, *, is_main: bool = True, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """``folder``: of the run. ``is_main``: whether this process writes the heartbeat. ``clock``: seconds from any origin."""
-        self._is_main = is_main
+    def __init__(self, config: CommConfig, watch: Watch, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """``folder``: of the run. ``clock``: seconds from any origin."""
         self._config, self._watch, self._folder, self._clock = config, watch, folder, clock
         self._durations: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._running: tuple[int, float] | None = None
@@ -92,7 +89,7 @@ class StepWatchdog:
         (step, started), now = self._running, self._clock()
         self._running = None
         self._durations.append(now - started)
-        if self._is_main and now - self._last_beat >= HEARTBEAT_SECONDS:
+        if self._watch.rank == 0 and now - self._last_beat >= HEARTBEAT_SECONDS:
             self._last_beat = now
             _write_heartbeat(self._folder / HEARTBEAT_FILE, step)
 
