@@ -435,15 +435,6 @@ def test_a_wrong_key_ends_before_the_launch(tmp_path: Path, processes: str) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train(tmp_path: Path) -> None:
-    result = titanarch(
-        tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", "--training.steps", "2", processes="2"
-    )
-    assert result.returncode == 0, result.stderr
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) >= 1
-    assert (tmp_path / "run/result.json").is_file()
-
-
 def test_a_failing_run_has_a_status(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder of the run should be")
     result = titanarch(tmp_path, "--config", "train_configs/debug.toml", "--job.dump_folder", f"{tmp_path}/run", processes="1")

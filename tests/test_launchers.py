@@ -1,14 +1,13 @@
 """The processes of other launchers: what each sets, as their sources and manuals say, and runs of two processes under it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import free_port
-from tests.nodes import QUICK, REPOSITORY, environment, losses_in
+from tests.nodes import QUICK, environment, losses_in
+from tests.train.runs import run_forks
 from titanarch.config.errors import ConfigError
 from titanarch.train.launchers import FIRST_PORT, N_PORTS, Place, find_place, first_host
 from titanarch.train.processes import _gpu
@@ -144,25 +143,16 @@ def as_srun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
 def test_two_processes_of_another_launcher_train(tmp_path: Path, launcher: object) -> None:
     assert callable(launcher)
     port = FIRST_PORT + os.getpid() % N_PORTS if launcher is as_srun else free_port()
-    processes = []
+    arguments = ["train", "--config", "train_configs/debug.toml", f"--job.dump_folder={tmp_path}/run", "--training.steps=2", *QUICK]
+    lives = []
     for rank in (0, 1):
         before, variables = launcher(rank, port)
-        arguments = ["--config", "train_configs/debug.toml", f"--job.dump_folder={tmp_path}/run", "--training.steps=2", *QUICK]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "titanarch", *before, "train", *arguments, "--checkpoint.enable=false"],
-                cwd=REPOSITORY,
-                env=environment(**variables),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+        lives.append(([*before, *arguments, "--checkpoint.enable=false"], environment(**variables)))
+    ends = run_forks(lives)
+    assert [end.returncode for end in ends] == [0, 0], ends
     assert sorted(losses_in(tmp_path / "run")) == [1, 2]
     assert '"n_processes": 2' in (tmp_path / "run/result.json").read_text()
-    assert outputs[1][0] == "", "only process 0 shows the result"
+    assert ends[1].stdout == "", "only process 0 shows the result"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.nodes import QUICK, REPOSITORY, Host, Run, cleaned_up, environment, launch, left_over, losses_in, two_hosts
+from tests.train.runs import run_forks
 from titanarch.train.watch import BEAT_SECONDS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -44,9 +44,8 @@ def on_two_hosts(folder: Path, hosts: tuple[Host, Host], steps: str) -> list[Run
 
 
 def losses_of_one_process(folder: Path, steps: str) -> dict[int, float]:
-    arguments = ["--config", "train_configs/debug.toml", f"--job.dump_folder={folder}", *QUICK, *OPTIONS, steps]
-    command = [sys.executable, "-m", "titanarch", "train", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    arguments = ["train", "--config", "train_configs/debug.toml", f"--job.dump_folder={folder}", *QUICK, *OPTIONS, steps]
+    (done,) = run_forks([(arguments, environment())])
     assert done.returncode == 0, done.stderr
     return losses_in(folder)
 
@@ -77,6 +76,7 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
         ends = [run.end() for run in runs]
         assert [status for status, _, _ in ends] == [0, 0], ends
         assert "resumed from" in "".join(out + err for _, out, err in ends)
+        assert '"n_processes": 2' in (folder / "result.json").read_text()
         assert hosts[1].received_bytes() - before > 2_000_000, "gradients did not cross the cable"
     found, expected = losses_in(folder), losses_of_one_process(tmp_path / "alone", steps)
     assert found == pytest.approx(expected, rel=2e-3)  # another order of sums tells more and more; other rows differ by 1e-2

@@ -1,12 +1,10 @@
 """``titanarch components``: every registered component is in the table, and the page is current."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.train.runs import environment, run_forks
 from titanarch.cli.components import SLOTS, divided_by, entries
 from titanarch.cli.main import main
 from titanarch.contract.channel import CHANNELS
@@ -33,9 +31,7 @@ def test_cards_are_told_apart() -> None:
 
 def test_the_page_is_current() -> None:
     """In a process of its own, since tests register components that the page must not list."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "titanarch", "components", "--markdown"]
-    made = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    (made,) = run_forks([(["components", "--markdown"], environment())])
     assert made.returncode == 0, made.stderr
     message = "docs/components.md is stale: python -m titanarch components --markdown > docs/components.md"
     assert (REPOSITORY / "docs" / "components.md").read_text("utf-8") == made.stdout, message

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -84,36 +85,54 @@ def environment() -> dict[str, str]:
 
 
 def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Train to the end, on forks of a server that has imported the package; fails with the output where the exit status is another.
+    """Train to the end; fails with the output where the exit status is another.
 
     Several processes find each other by what a launcher would tell them; what launchers themselves do, tests/test_launcher.py tries.
     """
     arguments, shared = arguments_of(config, *overrides), environment()
+    lives = [(arguments, shared)]
     if n_processes > 1:
         shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_processes)}
+        own = {"LOCAL_WORLD_SIZE": str(n_processes)}
+        lives = [(arguments, shared | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n_processes)]
+    ends = run_forks(lives)
+    found = next((end.returncode for end in ends if end.returncode), 0)
+    out, err = "".join(end.stdout for end in ends), "".join(end.stderr for end in ends)
+    assert found == status, f"exit status {found}\n{out[-3000:]}\n{err[-6000:]}"
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
+def run_forks(lives: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[subprocess.CompletedProcess[str]]:
+    """``python -m titanarch`` at the same time with each of the arguments and environments, to the end.
+
+    They are forks of a server that has imported the package, which takes seconds. Fails with their output where one does not end.
+    """
     with tempfile.TemporaryDirectory(prefix="output-") as folder:
-        output = [Path(folder, name) for name in ("stdout", "stderr")]
-        forks = []
-        for rank in range(n_processes):
-            own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n_processes)} if n_processes > 1 else {})
-            forks.append(CONTEXT.Process(target=titanarch, args=(arguments, own, output), daemon=False))
-        for fork in forks:
-            fork.start()
+        outputs = [(Path(folder, f"stdout-{n}"), Path(folder, f"stderr-{n}")) for n in range(len(lives))]
+        forks = [start(arguments, variables, output) for (arguments, variables), output in zip(lives, outputs, strict=True)]
         deadline = time.monotonic() + 400
         for fork in forks:
             fork.join(max(0.0, deadline - time.monotonic()))
         late = [fork for fork in forks if fork.is_alive()]
         for fork in late:
             fork.kill()
-        out, err = (path.read_text() if path.exists() else "" for path in output)
-    assert not late, f"{len(late)} of {n_processes} processes did not end\n{err[-6000:]}"
-    found = next((fork.exitcode for fork in forks if fork.exitcode), 0)
-    assert found == status, f"exit status {found}\n{out[-3000:]}\n{err[-6000:]}"
-    return subprocess.CompletedProcess(arguments, status, out, err)
+        texts = [[path.read_text() if path.exists() else "" for path in output] for output in outputs]
+    assert not late, f"{len(late)} of {len(lives)} processes did not end\n{''.join(err for _, err in texts)[-6000:]}"
+    codes = [fork.exitcode if fork.exitcode is not None else -1 for fork in forks]
+    return [
+        subprocess.CompletedProcess(arguments, code, out, err) for (arguments, _), code, (out, err) in zip(lives, codes, texts, strict=True)
+    ]
 
 
-def titanarch(arguments: list[str], variables: dict[str, str], output: Sequence[Path]) -> None:
-    """The life of a fork: what ``python -m titanarch`` does, with its output appended to two files."""
+def start(arguments: Sequence[str], variables: Mapping[str, str], output: tuple[Path, Path]) -> ForkServerProcess:
+    """One that is not waited for; ``output``: the files of its stdout and stderr."""
+    fork = CONTEXT.Process(target=_live, args=(list(arguments), dict(variables), output), daemon=False)
+    fork.start()
+    return fork
+
+
+def _live(arguments: list[str], variables: dict[str, str], output: tuple[Path, Path]) -> None:
+    os.setsid()  # so that it can be killed with all that it started
     for path, number in zip(output, (1, 2), strict=True):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
@@ -127,22 +146,17 @@ def titanarch(arguments: list[str], variables: dict[str, str], output: Sequence[
 
 def train_and_kill(config: Path, folder: Path, after_step: int, *overrides: str) -> None:
     """Train, and kill -9 once the row of ``after_step`` is written."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "titanarch", *arguments_of(config, *overrides)],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    nowhere = Path(os.devnull)
+    process = start(arguments_of(config, *overrides), environment(), (nowhere, nowhere))
+    assert process.pid is not None
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if any(row["step"] >= after_step for row in rows(folder)):
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

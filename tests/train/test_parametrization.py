@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import titanarch.models.components  # noqa: F401 (registers all)
-from tests.train.runs import environment, write_config
+from tests.train.runs import environment, run_forks, write_config
 from titanarch.config.errors import ConfigError
 from titanarch.contract.growth import Growth
 from titanarch.contract.init import Init, InitConfig, qualified_names
@@ -149,8 +148,8 @@ def test_options_that_do_not_fit_are_refused(config: type, options: dict[str, An
 
 def coordcheck(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Of a small decoder, 64 to 256 wide."""
-    command = [sys.executable, "-m", "titanarch", "coordcheck", "--config", str(config), "--steps", "4", "--widths", "64", "256"]
-    return subprocess.run([*command, *overrides], env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    arguments = ["coordcheck", "--config", str(config), "--steps", "4", "--widths", "64", "256", *overrides]
+    return run_forks([(arguments, environment())])[0]
 
 
 def test_activations_move_as_much_at_every_width(tmp_path: Path) -> None:
