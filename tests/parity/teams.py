@@ -31,7 +31,7 @@ from tests.parity.trial import Outcome, run_trial
 from titanarch.config.errors import ConfigError
 from titanarch.parallel.mesh import build_mesh
 
-CELL_SECONDS = 300.0
+CELL_SECONDS = 900.0
 """How long a cell may take before its team is ended."""
 
 
