@@ -14,6 +14,7 @@ from titanarch.data.layout import RowLayout
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.rows import RunRows
 from titanarch.data.shuffle import Shuffle
+from titanarch.data.skips import SkipCounts
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
@@ -59,6 +60,11 @@ class RowLoader(ABC, Iterator[Batch]):
     def source_epochs(self) -> dict[str, float]:
         """Passes over each source of a mixture that are behind, by its name; empty where there is one source."""
         return {}
+
+    @property
+    def skipped(self) -> SkipCounts:
+        """What could not be read: of all indexed data, or of a stream's source as far as this process has read it since its start."""
+        return SkipCounts()
 
     @property
     def ended(self) -> str:
@@ -134,6 +140,10 @@ class IndexedLoader(RowLoader):
         return self.rows.source_epochs(self.next_row)
 
     @property
+    def skipped(self) -> SkipCounts:
+        return self.rows.skipped
+
+    @property
     def ended(self) -> str:
         return self.rows.ended(self.next_row + self.layout.global_batch_size)
 
@@ -185,6 +195,7 @@ class StreamedLoader(RowLoader):
         self._n_workers = n_workers
         self._cursors = {stream: Cursor() for stream in self._streams}
         self._rows: StreamReader | StreamWorkers | None = None
+        self._skipped = SkipCounts()
 
     @property
     def epoch(self) -> int:
@@ -193,6 +204,10 @@ class StreamedLoader(RowLoader):
     @property
     def rows_per_epoch(self) -> None:
         return None
+
+    @property
+    def skipped(self) -> SkipCounts:
+        return self._skipped
 
     def _load(self, first_row: int) -> Batch:
         row_B = np.arange(first_row, first_row + self.layout.local_batch_size)
@@ -204,6 +219,7 @@ class StreamedLoader(RowLoader):
             self._rows = self._open()
         row = self._rows.next_row(stream)
         self._cursors[stream] = row.cursor
+        self._skipped = max(self._skipped, row.skipped)
         return row
 
     def _open(self) -> StreamReader | StreamWorkers:
