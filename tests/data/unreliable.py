@@ -19,6 +19,10 @@ class Unreliable(MemoryFileSystem):
     fault: Callable[[int, bytes], bytes] = staticmethod(lambda number, content: content)
     ranges: list[tuple[int, int]] = []
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("faulty://").strip("/")
+
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         assert start is not None
         assert end is not None
@@ -40,6 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
     draw: random.Random
     share: float
     failures: list[str]
+    ranges = True
     lock: threading.Lock
 
     def do_HEAD(self) -> None:
@@ -62,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked, size = self.headers.get("Range"), len(content)
         headers = {"ETag": f'"{hash(content)}"', "Accept-Ranges": "bytes"}
         status = 200
-        if asked:
+        if asked and self.ranges:
             first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
             content, status = content[first : last + 1], 206
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"

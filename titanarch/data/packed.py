@@ -29,7 +29,7 @@ def is_packed(url: str) -> bool:
 
 
 def _plain_blocks(raw: Any) -> Iterator[bytes]:
-    while block := raw.read(BLOCK_BYTES):
+    while block := raw.read1(BLOCK_BYTES):
         yield block
 
 

@@ -93,7 +93,8 @@ def is_final(error: BaseException) -> bool:
 def _http_status(error: BaseException) -> int | None:
     """The status of the answer that ``error`` reports: aiohttp and gcsfs keep it, huggingface_hub and requests their answer."""
     answer = getattr(error, "response", None)
-    for status in (getattr(error, "status", None), getattr(error, "code", None), getattr(answer, "status_code", None)):
+    for holder, name in ((error, "status"), (answer, "status_code"), (error, "code")):
+        status = getattr(holder, name, None)
         if isinstance(status, int) or (isinstance(status, str) and status.isdigit()):
             return int(status)
     return None
