@@ -114,8 +114,8 @@ def test_storage_that_gives_up_is_skipped_where_one_process_reads(tmp_path: Path
         source = {"kind": "jsonl", "paths": ["faulty://*.jsonl"], "on_error": "skip"}
         assert texts_of(config_of(source=source)) == TEXTS[:9]
         (skip,) = opened(config_of(source=source)).meta.skipped
-        assert (skip.file, skip.documents, skip.rest) == ("faulty://1.jsonl", 0, True)
-        with pytest.raises(UnreachableFile, match=r"faulty://1.jsonl:1: cannot be read at byte 0"):
+        assert (skip.file, skip.documents, skip.rest) == ("faulty:///1.jsonl", 0, True)
+        with pytest.raises(UnreachableFile, match=r"faulty:///1.jsonl:1: cannot be read at byte 0"):
             run_steps(config_of(source=source, mode="streamed"), None, steps=9, rows=2, local=2, degree=1)
 
 

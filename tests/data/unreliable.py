@@ -21,7 +21,8 @@ class Unreliable(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return "/" + path.removeprefix("faulty://").strip("/")
+        path = path.removeprefix("faulty://").strip("/")
+        return f"/{path}" if path else ""
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         assert start is not None

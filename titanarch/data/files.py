@@ -1,7 +1,8 @@
 """Files found, read as streams of bytes; gzip and zstandard are unpacked by their suffix."""
 
+import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -13,9 +14,11 @@ from titanarch.data.read_ahead import ReadAhead
 from titanarch.data.remote import RemoteFile, replaced
 from titanarch.data.retry import Reading
 
-__all__ = ["BUFFER_BYTES", "ByteStream", "DataFile", "find_files", "is_local", "open_random_access"]
+__all__ = ["BUFFER_BYTES", "ByteStream", "DataFile", "find_files", "is_local", "open_random_access", "samples_checksum"]
 
 BUFFER_BYTES = 1 << 20
+N_SAMPLES = 16
+SAMPLE_BYTES = 4096
 
 
 class _Blocks(io.RawIOBase):
@@ -113,6 +116,20 @@ class ByteStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def samples_checksum(files: Iterable[DataFile]) -> str:
+    """A hash of N_SAMPLES pieces spread over each local file, and of the stamp of each remote one, which a replacement changes."""
+    digest = hashlib.sha256()
+    for file in files:
+        if not is_local(file.url):
+            digest.update(file.stamp.encode())
+            continue
+        with open_random_access(file, Reading()) as raw:
+            for i in range(N_SAMPLES):
+                raw.seek(max(0, file.n_bytes - SAMPLE_BYTES) * i // (N_SAMPLES - 1))
+                digest.update(raw.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def open_random_access(file: DataFile, reading: Reading) -> Any:

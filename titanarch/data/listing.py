@@ -54,16 +54,21 @@ def _infos(fs: Any, path: str, pattern: str, *, is_glob: bool, key: str, reading
     """What the file system says of each match, tried again where it is remote."""
 
     def attempt(failures: int) -> list[dict[str, Any]]:
+        file = pattern
         try:
-            return [fs.info(match) for match in (sorted(fs.glob(path)) if is_glob else [path])]
+            infos = []
+            for match in sorted(fs.glob(path)) if is_glob else [path]:
+                file = match if is_glob else pattern
+                infos.append(fs.info(match))
+            return infos
         except FileNotFoundError as error:
             if not is_final(error):
                 raise
-            raise data_error("the file does not exist", file=pattern, key=key) from error
+            raise data_error("the file does not exist", file=file, key=key) from error
         except OSError as error:
             if not is_local(pattern) and not is_final(error):
                 raise
-            raise data_error(f"cannot be read: {error}", file=pattern, key=key) from error
+            raise data_error(f"cannot be read: {error}", file=file, key=key) from error
 
     try:
         return reading.persist(attempt, url=pattern, offset=0, closing=threading.Event())

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.batch import Batch, make_batch
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
+from titanarch.data.files import samples_checksum
 from titanarch.data.layout import RowLayout
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.rows import RunRows
@@ -244,12 +246,19 @@ class StreamedLoader(RowLoader):
 
     def state_dict(self) -> dict[str, Any]:
         cursors = {str(stream): cursor.to_json() for stream, cursor in self._cursors.items()}
-        return {**super().state_dict(), "streams": self.n_streams, "cursors": cursors}
+        return {**super().state_dict(), "streams": self.n_streams, "cursors": cursors, "samples": self._samples}
+
+    @cached_property
+    def _samples(self) -> str:
+        return samples_checksum(self._source.source.files)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("streams") != self.n_streams:
             message = f"the checkpoint has {state.get('streams')} streams, the run {self.n_streams}: set data.streams to the checkpoint's"
             raise data_error(message, key="data.streams")
+        if state.get("samples", self._samples) != self._samples:  # states of older runs have none
+            message = "a file of the training data was replaced since the checkpoint by one of the same name and size"
+            raise data_error(f"{message}: restore it, or start another run", key="data.source")
         missing = [stream for stream in self._streams if str(stream) not in state["cursors"]]
         if missing:
             raise ValueError(f"the state lacks streams {missing[:5]} and so was not merged from all ranks")
