@@ -116,7 +116,7 @@ def test_storage_that_gives_up_is_skipped_where_one_process_reads(tmp_path: Path
         (skip,) = opened(config_of(source=source)).meta.skipped
         assert (skip.file, skip.documents, skip.rest) == ("faulty:///1.jsonl", 0, True)
         with pytest.raises(UnreachableFile, match=r"faulty:///1.jsonl:1: cannot be read at byte 0"):
-            run_steps(config_of(source=source, mode="streamed"), None, steps=9, rows=2, local=2, degree=1)
+            run_steps(config_of(source=source, mode="streamed"), None, steps=90, rows=2, local=2, degree=1)
 
 
 def test_nothing_readable_is_an_error(tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:
