@@ -256,13 +256,13 @@ class StreamedLoader(RowLoader):
         if state.get("streams") != self.n_streams:
             message = f"the checkpoint has {state.get('streams')} streams, the run {self.n_streams}: set data.streams to the checkpoint's"
             raise data_error(message, key="data.streams")
-        if state.get("samples", self._samples) != self._samples:  # states of older runs have none
-            message = "a file of the training data was replaced since the checkpoint by one of the same name and size"
-            raise data_error(f"{message}: restore it, or start another run", key="data.source")
         missing = [stream for stream in self._streams if str(stream) not in state["cursors"]]
         if missing:
             raise ValueError(f"the state lacks streams {missing[:5]} and so was not merged from all ranks")
         super().load_state_dict(state)
+        if state.get("samples", self._samples) != self._samples:  # states of older runs have none
+            message = "a file of the training data was replaced since the checkpoint by one of the same name and size"
+            raise data_error(f"{message}: restore it, or start another run", key="data.source")
         self._cursors = {stream: Cursor.from_json(state["cursors"][str(stream)]) for stream in self._streams}
 
 
