@@ -14,6 +14,7 @@ from titanarch.data.errors import DataError, data_error
 from titanarch.data.index_writer import VERSION, staged
 from titanarch.data.indexed import IndexedData
 from titanarch.data.prepare import prepare
+from titanarch.data.skips import count
 from titanarch.data.sources import MixtureConfig, Split, TokensConfig, TokensSource
 from titanarch.data.split import SplitSource, has_validation, no_validation, open_source
 from titanarch.data.tokenizers import Tokenizer
@@ -29,7 +30,7 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     """
     assert not isinstance(config.source_of(split), MixtureConfig), "the sources of a mixture are opened one by one"
     if not isinstance(config.source_of(split), TokensConfig):
-        return _cached(SplitSource(config, split), tokenizer, config)
+        return _told(_cached(SplitSource(config, split), tokenizer, config))
     source = open_source(config, split)
     assert isinstance(source, TokensSource), "a TokensConfig is this class's"
     if split == "validation" and not has_validation(config):
@@ -37,10 +38,19 @@ def open_tokens(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Index
     folder = source.folder(split)
     if folder is None:
         raise data_error(f"the prepared data have no {split} split", file=source.path, key="data.source.path")
-    data = IndexedData(folder, tokenizer)
+    data = _told(IndexedData(folder, tokenizer))
     if data.n_documents == 0:
         raise data_error("the prepared data have no documents", file=folder, key="data.source.path")
     return data.first(config.limit_documents) if split == "train" and config.limit_documents else data
+
+
+def _told(data: IndexedData) -> IndexedData:
+    """``data``, with a word on what was skipped when they were made."""
+    if data.meta.skipped:
+        n_documents, n_files = count(data.meta.skipped)
+        lost = f"{n_documents} malformed documents and the rest of {n_files} files"
+        logger.warning("the tokens in %s lack %s, which meta.json names; to read them again, remove the folder", data.folder, lost)
+    return data
 
 
 def open_mixture(config: DataConfig, tokenizer: Tokenizer) -> list[IndexedData]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import FREE, Section
 from titanarch.data.packing import Packing
+from titanarch.data.retry import Reading, RetryConfig
 from titanarch.data.sources import SOURCES, CorpusConfig, MixtureConfig, Split, TokensConfig
 from titanarch.data.tokenizers import TOKENIZERS, SentencePieceConfig
 
@@ -44,6 +45,14 @@ class DataConfig(Section):
         0, ge=0, description="processes that tokenize a source for the cache; 0: one a core where it has over 64 MB", json_schema_extra=FREE
     )
 
+    retry: RetryConfig = Field(RetryConfig(), description="how reads of remote files are tried again", json_schema_extra=FREE)
+    read_ahead_bytes: int = Field(
+        16 << 20,
+        ge=0,
+        description="of a remote file's unpacked bytes kept ready by a thread of each reader; 0: none",
+        json_schema_extra=FREE,
+    )
+
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> "DataConfig":
         if self.validation is not None and self.validation_fraction > 0:
@@ -76,6 +85,10 @@ class DataConfig(Section):
         if self.limit_documents:
             raise ValueError("limit_documents: it does not say of which source of the mixture; leave it out")
         return self
+
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading(self.retry, self.read_ahead_bytes)
 
     def source_of(self, split: Split) -> ComponentConfig:
         """The source that ``split`` is read from."""

@@ -1,172 +1,147 @@
-"""Files behind fsspec URLs, read as streams of bytes; gzip and zstandard are unpacked by their suffix."""
+"""Files found, read as streams of bytes; gzip and zstandard are unpacked by their suffix."""
 
-import gzip
+import hashlib
 import io
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-import fsspec
-from fsspec.core import url_to_fs
+from titanarch.data.errors import DamagedFile, UnreachableFile, UnreadableFile, data_error
+from titanarch.data.listing import DataFile, data_file, filesystem, find_files, is_local
+from titanarch.data.packed import PACKED_BYTES, Damaged, is_packed, unpacked_blocks
+from titanarch.data.read_ahead import ReadAhead
+from titanarch.data.remote import RemoteFile, replaced
+from titanarch.data.retry import Reading
 
-from titanarch.data.errors import DataError, data_error
+__all__ = ["BUFFER_BYTES", "ByteStream", "DataFile", "find_files", "is_local", "open_random_access", "samples_checksum"]
 
 BUFFER_BYTES = 1 << 20
+N_SAMPLES = 16
+SAMPLE_BYTES = 4096
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file found: its URL, its size as stored in bytes, and a stamp that changes when it is replaced."""
+class _Blocks(io.RawIOBase):
+    """An iterator of blocks as a file."""
 
-    url: str
-    n_bytes: int
-    stamp: str
-
-    @property
-    def name(self) -> str:
-        return self.url.rstrip("/").rpartition("/")[2]
-
-
-def find_files(patterns: Iterable[str], *, key: str = "data.source.paths") -> list[DataFile]:
-    """The files that fsspec URLs and globs name: patterns in their order, the matches of a glob sorted, none twice.
-
-    Raises DataError where a pattern names nothing or a folder.
-    """
-    found: dict[str, DataFile] = {}
-    for pattern in patterns:
-        fs, path = _filesystem(pattern, key)
-        is_glob = any(character in path for character in "*?[")
-        try:
-            infos = [fs.info(match) for match in (sorted(fs.glob(path)) if is_glob else [path])]
-        except FileNotFoundError as error:
-            raise data_error("the file does not exist", file=pattern, key=key) from error
-        except OSError as error:
-            raise data_error(f"cannot be read: {error}", file=pattern, key=key) from error
-        if not is_glob and infos[0]["type"] == "directory":
-            raise data_error(f"is a folder; name its files, such as '{pattern.rstrip('/')}/*'", file=pattern, key=key)
-        files = [_data_file(fs, info) for info in infos if info["type"] == "file"]
-        if not files:
-            raise data_error("no file matches", file=pattern, key=key)
-        found.update({file.url: file for file in files if file.url not in found})
-    return list(found.values())
-
-
-def _filesystem(url: str, key: str) -> tuple[Any, str]:
-    try:
-        return url_to_fs(url)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
-        raise data_error(str(error), file=url, key=key) from error
-
-
-def _data_file(fs: Any, info: dict[str, Any]) -> DataFile:
-    stamps = [str(info[name]) for name in ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag") if name in info]
-    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    return DataFile(url=info["name"] if local else fs.unstrip_protocol(info["name"]), n_bytes=info["size"] or 0, stamp=" ".join(stamps))
-
-
-class _ZstandardReader(io.RawIOBase):
-    """Unpacks zstandard frames. The package's own reader ends a truncated file without a word."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard  # only where a .zst file is read
-
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._raw, self._frame, self._packed, self._plain = raw, self._new_frame(), b"", b""
-        self._in_frame = False
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            packed = self._packed or self._raw.read(BUFFER_BYTES // 8)
-            self._packed = b""
-            if not packed:
-                if self._in_frame:
-                    raise EOFError("the file ends inside a zstandard frame")
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
                 return 0
-            self._unpack(packed)
-        n = min(len(buffer), len(self._plain))
-        buffer[:n], self._plain = self._plain[:n], self._plain[n:]
+            self._rest = memoryview(block)
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
         return n
-
-    def _unpack(self, packed: bytes) -> None:
-        try:
-            self._plain = self._frame.decompress(packed)
-        except self._error as error:
-            raise OSError(str(error)) from error
-        self._in_frame = not self._frame.eof
-        if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, self._new_frame()
 
 
 class ByteStream:
     """One file's unpacked bytes from ``offset`` on. A plain file is sought; a packed one is read up to there.
 
-    Every failure to read is a DataError that names the file, and the line if the caller keeps ``line`` up to date.
+    A remote file is read ahead by a thread, which ends with the stream. Raises DamagedFile, UnreachableFile and DataError,
+    which name the file, the place in it, and the line if the caller keeps ``line`` up to date.
     """
 
-    def __init__(self, file: DataFile, *, offset: int = 0) -> None:
+    def __init__(self, file: DataFile, *, offset: int = 0, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
         self.file = file
         self.line: int | None = None
-        fs, path = _filesystem(file.url, "")
+        self._raw = open_random_access(file, reading)
+        if not is_packed(file.url):
+            self._raw.seek(offset)
+            offset = 0
+        blocks = self._checked_blocks()
+        self._ahead = ReadAhead(blocks, n_bytes=reading.read_ahead_bytes) if reading.read_ahead_bytes and not is_local(file.url) else None
+        self._stream = io.BufferedReader(_Blocks(self._ahead or blocks), BUFFER_BYTES)
         try:
-            self._raw: Any = fs.open(path, "rb")
-        except OSError as error:
-            raise self._failed(error) from error
-        if file.url.endswith(".gz"):
-            unpacked: Any = gzip.GzipFile(fileobj=self._raw, mode="rb")
-        elif file.url.endswith((".zst", ".zstd")):
-            unpacked = _ZstandardReader(self._raw)
-        else:
-            unpacked, offset = self._raw, self._raw.seek(offset) - offset
-        self._stream = io.BufferedReader(unpacked, BUFFER_BYTES)
-        while offset > 0:
-            skipped = len(self.read(min(offset, BUFFER_BYTES)))
+            self._skip(offset)
+        except BaseException:
+            self.close()
+            raise
+
+    def _skip(self, n_bytes: int) -> None:
+        while n_bytes > 0:
+            skipped = len(self.read(min(n_bytes, BUFFER_BYTES)))
             if skipped == 0:
-                raise data_error("is shorter than where reading was to go on: was it replaced?", file=file.url)
-            offset -= skipped
+                raise data_error("is shorter than where reading was to go on: was it replaced?", file=self.file.url)
+            n_bytes -= skipped
+
+    def _checked_blocks(self) -> Iterator[bytes]:
+        try:
+            yield from unpacked_blocks(self._raw, self.file.url)
+        except Damaged as error:
+            message = f"cannot be read on, it is truncated or damaged: {error} (by byte {self._raw.tell()} of {self.file.n_bytes} stored)"
+            raise data_error(message, file=self.file.url, kind=DamagedFile) from error
+        except OSError as error:
+            message = f"cannot be read at byte {self._raw.tell()}: {error}"
+            raise data_error(message, file=self.file.url, kind=UnreachableFile) from error
 
     def readline(self) -> bytes:
+        """The next line with its end; at the end nothing."""
         try:
             return self._stream.readline()
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._failed(error) from error
+        except UnreadableFile as error:
+            raise self._at_line(error) from error.__cause__
 
-    def read(self, n_bytes: int = -1) -> bytes:
+    def read(self, n_bytes: int) -> bytes:
+        """At least one byte and at most ``n_bytes``; at the end nothing. What precedes damage is given before it is raised."""
         try:
-            return self._stream.read(n_bytes)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._failed(error) from error
+            return self._stream.read1(n_bytes)
+        except UnreadableFile as error:
+            raise self._at_line(error) from error.__cause__
+
+    def _at_line(self, error: UnreadableFile) -> UnreadableFile:
+        return type(error)(replace(error.problems[0], line=self.line))
 
     @property
     def stored_bytes_read(self) -> int:
         """How far the stored file has been read, in bytes as stored."""
         return self._raw.tell()
 
-    def _failed(self, error: Exception) -> DataError:
-        return data_error(f"cannot be read on, it is truncated or damaged: {error}", file=self.file.url, line=self.line)
+    def close(self) -> None:
+        """Close the file, and end the thread that reads it ahead."""
+        if self._ahead is not None:
+            self._raw.raw.cancel()
+            self._ahead.close()
+        self._stream.close()
+        self._raw.close()
 
     def __enter__(self) -> "ByteStream":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stream.close()
-        self._raw.close()
+        self.close()
 
 
-def open_random_access(file: DataFile) -> Any:
-    """The stored file for a library that seeks in it."""
-    fs, path = _filesystem(file.url, "")
+def samples_checksum(files: Iterable[DataFile]) -> str:
+    """A hash of N_SAMPLES pieces spread over each local file, and of the stamp of each remote one, which a replacement changes."""
+    digest = hashlib.sha256()
+    for file in files:
+        if not is_local(file.url):
+            digest.update(file.stamp.encode())
+            continue
+        with open_random_access(file, Reading()) as raw:
+            for i in range(N_SAMPLES):
+                raw.seek(max(0, file.n_bytes - SAMPLE_BYTES) * i // (N_SAMPLES - 1))
+                digest.update(raw.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def open_random_access(file: DataFile, reading: Reading) -> Any:
+    """The stored file, buffered and seekable. Raises DataError where it was replaced since it was found, and UnreachableFile."""
+    if not is_local(file.url):
+        return io.BufferedReader(RemoteFile(file, reading), PACKED_BYTES)
+    fs, path = filesystem(file.url, "")
     try:
-        return fs.open(path, "rb")
+        found = data_file(fs, fs.info(path))
+        raw = fs.open(path, "rb")
     except OSError as error:
-        raise data_error(f"cannot be read: {error}", file=file.url) from error
-
-
-def is_local(url: str) -> bool:
-    """Whether ``url`` is a path of this machine."""
-    return fsspec.utils.get_protocol(url) in ("file", "local")
+        raise data_error(f"cannot be read: {error}", file=file.url, kind=UnreachableFile) from error
+    if found != file:
+        raise replaced(file, found)
+    return raw

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from titanarch.data.errors import data_error
+from titanarch.data.skips import Skip
 from titanarch.data.tokenizers import Tokenizer
 
 FORMAT = "titanarch tokens"
@@ -47,7 +48,7 @@ class TokenizerMeta(_Schema):
 
 
 class Meta(_Schema):
-    """The content of meta.json. ``source``: what was tokenized, for people to read."""
+    """The content of meta.json. ``source``: what was tokenized, for people to read. ``skipped``: what of it could not be."""
 
     format: str
     version: int
@@ -58,6 +59,7 @@ class Meta(_Schema):
     bytes: int
     files: dict[str, FileMeta]
     source: Any
+    skipped: list[Skip] = []
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -144,8 +146,8 @@ class IndexWriter:
         self._bytes.write(_int64(n_bytes))
         self._id_offsets.write(_int64(self._ids.n_bytes))
 
-    def finish(self, source: Any) -> None:
-        """Write meta.json, which makes the folder readable; ``source`` (JSON) is kept for people to read."""
+    def finish(self, source: Any, skipped: Sequence[Skip] = ()) -> None:
+        """Write meta.json, which makes the folder readable; ``source`` (JSON) is kept for people, ``skipped`` says what is missing."""
         files = {file.path.name: file.finish() for file in (*self._shards, self._offsets, self._bytes, self._ids, self._id_offsets)}
         tokenizer = self._tokenizer
         meta = Meta(
@@ -163,6 +165,7 @@ class IndexWriter:
             bytes=self.n_bytes,
             files=files,
             source=source,
+            skipped=list(skipped),
         )
         file = self._create("meta.json")
         file.write((meta.model_dump_json(indent=1) + "\n").encode())

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.batch import Batch, make_batch
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
+from titanarch.data.files import samples_checksum
 from titanarch.data.layout import RowLayout
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.rows import RunRows
 from titanarch.data.shuffle import Shuffle
+from titanarch.data.skips import SkipCounts
 from titanarch.data.split import SplitSource
 from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
@@ -59,6 +62,11 @@ class RowLoader(ABC, Iterator[Batch]):
     def source_epochs(self) -> dict[str, float]:
         """Passes over each source of a mixture that are behind, by its name; empty where there is one source."""
         return {}
+
+    @property
+    def skipped(self) -> SkipCounts:
+        """What could not be read: of all indexed data, or of a stream's source as far as this process has read it since its start."""
+        return SkipCounts()
 
     @property
     def ended(self) -> str:
@@ -134,6 +142,10 @@ class IndexedLoader(RowLoader):
         return self.rows.source_epochs(self.next_row)
 
     @property
+    def skipped(self) -> SkipCounts:
+        return self.rows.skipped
+
+    @property
     def ended(self) -> str:
         return self.rows.ended(self.next_row + self.layout.global_batch_size)
 
@@ -185,6 +197,7 @@ class StreamedLoader(RowLoader):
         self._n_workers = n_workers
         self._cursors = {stream: Cursor() for stream in self._streams}
         self._rows: StreamReader | StreamWorkers | None = None
+        self._skipped = SkipCounts()
 
     @property
     def epoch(self) -> int:
@@ -193,6 +206,10 @@ class StreamedLoader(RowLoader):
     @property
     def rows_per_epoch(self) -> None:
         return None
+
+    @property
+    def skipped(self) -> SkipCounts:
+        return self._skipped
 
     def _load(self, first_row: int) -> Batch:
         row_B = np.arange(first_row, first_row + self.layout.local_batch_size)
@@ -204,6 +221,7 @@ class StreamedLoader(RowLoader):
             self._rows = self._open()
         row = self._rows.next_row(stream)
         self._cursors[stream] = row.cursor
+        self._skipped = max(self._skipped, row.skipped)
         return row
 
     def _open(self) -> StreamReader | StreamWorkers:
@@ -228,7 +246,11 @@ class StreamedLoader(RowLoader):
 
     def state_dict(self) -> dict[str, Any]:
         cursors = {str(stream): cursor.to_json() for stream, cursor in self._cursors.items()}
-        return {**super().state_dict(), "streams": self.n_streams, "cursors": cursors}
+        return {**super().state_dict(), "streams": self.n_streams, "cursors": cursors, "samples": self._samples}
+
+    @cached_property
+    def _samples(self) -> str:
+        return samples_checksum(self._source.source.files)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("streams") != self.n_streams:
@@ -238,6 +260,9 @@ class StreamedLoader(RowLoader):
         if missing:
             raise ValueError(f"the state lacks streams {missing[:5]} and so was not merged from all ranks")
         super().load_state_dict(state)
+        if state.get("samples", self._samples) != self._samples:  # states of older runs have none
+            message = "a file of the training data was replaced since the checkpoint by one of the same name and size"
+            raise data_error(f"{message}: restore it, or start another run", key="data.source")
         self._cursors = {stream: Cursor.from_json(state["cursors"][str(stream)]) for stream in self._streams}
 
 

@@ -15,6 +15,7 @@ from titanarch.data.indexed import IndexedData
 from titanarch.data.mixture import MixtureOrder, MixturePlan, Part, Rows
 from titanarch.data.packing import Packing
 from titanarch.data.rows import IndexedRows, RunRows
+from titanarch.data.skips import SkipCounts, count
 from titanarch.data.sources import MixtureConfig
 from titanarch.data.tokenizers import Tokenizer
 
@@ -40,6 +41,10 @@ class MixedRows(RunRows):
 
     def read(self, first_row: int, n_rows: int) -> Windows:
         return self._read(self._plan.rows(first_row, n_rows), first_row)
+
+    @property
+    def skipped(self) -> SkipCounts:
+        return count(skip for source in self.sources for skip in source.data.meta.skipped)
 
     def epoch(self, row: int) -> int:
         """Of the source that has had the fewest."""

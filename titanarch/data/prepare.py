@@ -54,7 +54,7 @@ def prepare(source: SplitSource, tokenizer: Tokenizer, folder: Path, *, processe
             progress.show(source.source.stored_bytes_read)
         if writer.n_bytes == 0:
             raise source.empty()
-        writer.finish(source.identity())
+        writer.finish(source.identity(), source.source.skips.files)
 
 
 def available_cores() -> int:

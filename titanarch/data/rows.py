@@ -14,6 +14,7 @@ from titanarch.data.batch import Windows
 from titanarch.data.indexed import IndexedData
 from titanarch.data.packing import Packing, Plan, plan
 from titanarch.data.permutation import Permutation
+from titanarch.data.skips import SkipCounts, count
 
 ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a row than one by one
 
@@ -39,6 +40,11 @@ class RunRows(ABC):
     def source_epochs(self, row: int) -> dict[str, float]:
         """Passes over each source before ``row``, by its name; none where there is one source."""
         return {}
+
+    @property
+    def skipped(self) -> SkipCounts:
+        """What the data lack because it could not be read."""
+        return SkipCounts()
 
     def ended(self, end_row: int) -> str:
         """Why the rows before ``end_row`` are not all there; empty where they are."""
@@ -82,6 +88,10 @@ class IndexedRows(RunRows):
     def tokens_per_row(self) -> float:
         """Tokens of a row that are no padding, on average."""
         return self.seq_len if self._plan is None else float(np.minimum(self._plan.size_P, self.seq_len).sum() / self.n_windows)
+
+    @property
+    def skipped(self) -> SkipCounts:
+        return count(self.data.meta.skipped)
 
     def epoch(self, row: int) -> int:
         return row // self.n_windows

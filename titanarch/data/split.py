@@ -32,11 +32,14 @@ class SplitSource:
         self.split = split
         self._fraction = 0.0 if split == "validation" and config.validation is not None else config.validation_fraction
         self._limit = config.limit_documents if split == "train" else 0
+        streamed = config.mode == "streamed" and split == "train"
+        self._skips_unreachable = not streamed  # ranks that read each for itself would not lose the same
+        self._parsed: tuple[Position, Document | None] = (Position(), None)  # the last, so that it need not be parsed again
 
     def records(self, start: Record | None = None) -> Iterator[Record]:
         """The documents from ``start`` on (its content is not used), or all of them."""
         number, position = (start.number, start.position) if start else (0, Position())
-        for place, content in self.source.read(position):
+        for place, content in self.source.records(position, unreachable=self._skips_unreachable):
             if self._limit and number >= self._limit:
                 return
             if self._belongs(place, content):
@@ -44,14 +47,21 @@ class SplitSource:
                 number += 1
 
     def _belongs(self, position: Position, content: Any) -> bool:
-        if self.source.splits_itself:
-            return self.source.parse(position, content).split == self.split
-        if self._fraction == 0:
+        """Malformed documents that are skipped have no number, so that all who read count alike."""
+        if not (self.source.splits_itself or self._fraction or self.source.skips_errors):
             return True
-        return held_out(self.source.parse(position, content).id, self._fraction) == (self.split == "validation")
+        document = self.source.document(position, content, unreachable=self._skips_unreachable)
+        self._parsed = (position, document)
+        if document is None:
+            return False
+        if self.source.splits_itself:
+            return document.split == self.split
+        return self._fraction == 0 or held_out(document.id, self._fraction) == (self.split == "validation")
 
     def document(self, record: Record) -> Document:
-        return self.source.parse(record.position, record.content)
+        """The document of a record that ``records`` gave."""
+        position, document = self._parsed
+        return document if document is not None and position == record.position else self.source.parse(record.position, record.content)
 
     def identity(self) -> list[Any]:
         """What changes whenever the documents of the split may have changed; JSON."""
@@ -72,7 +82,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
     """The source that ``split`` is read from; an error names the section that configures it."""
     source_config = config.source_of(split)
     try:
-        return SOURCES.of(source_config)(source_config)
+        return SOURCES.of(source_config)(source_config, config.reading())
     except DataError as error:
         if source_config is config.source:
             raise

@@ -18,6 +18,7 @@ from titanarch.data.batch import Windows
 from titanarch.data.errors import data_error
 from titanarch.data.packing import Packing
 from titanarch.data.shuffle import Shuffle
+from titanarch.data.skips import SkipCounts, count
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
 from titanarch.data.tokenizers import Tokenizer
@@ -49,12 +50,13 @@ class Cursor:
 
 class StreamRow(NamedTuple):
     """One row: tokens int64 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
-    and how many of the tokens are real."""
+    how many of the tokens are real, and what its reader has passed over so far."""
 
     tokens: np.ndarray
     starts: np.ndarray
     cursor: Cursor
     real: int
+    skipped: SkipCounts
 
 
 class _Aside:
@@ -200,7 +202,7 @@ class StreamReader:
         self._advance(stream)
         epoch, place, _ = stream.tokenized[0]
         cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted)
+        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted, self._skipped())
 
     def _padded_row(self, stream: _Stream) -> StreamRow:
         """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
@@ -215,7 +217,10 @@ class StreamReader:
         row[:real] = tokens[:real]
         stream.skip = len(tokens)
         starts = np.array([real] if real <= self._seq_len else [], dtype=np.int64)
-        return StreamRow(row, starts, Cursor(epoch, place.number, *place.position, skip=stream.skip), real)
+        return StreamRow(row, starts, Cursor(epoch, place.number, *place.position, skip=stream.skip), real, self._skipped())
+
+    def _skipped(self) -> SkipCounts:
+        return count(self._source.source.skips.files)
 
     def _advance(self, stream: _Stream) -> None:
         """Go T tokens on, to the document that holds the first token of the next row."""

@@ -208,7 +208,9 @@ class Trainer:
             row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
             counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
             epochs = {f"epoch/{name}": passes for name, passes in self.loader.source_epochs.items()}
-            self.log.log({**row, **counts, **epochs})
+            skipped = self.loader.skipped
+            lacking = {"skipped_documents": skipped.documents, "skipped_files": skipped.files} if any(skipped) else {}
+            self.log.log({**row, **counts, **epochs, **lacking})
         validation = self.config.validation
         validates = validation.enable and step % validation.interval == 0 and not self.budget.done
         losses = self._validate() if validates else {}

@@ -1,10 +1,11 @@
 """The kinds of source; importing this package registers them."""
 
-from titanarch.data.sources.base import SOURCES, Document, Position, Source, SourceConfig, Split, TextSource
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, Source, SourceConfig, Split, TextSource
 from titanarch.data.sources.corpus import CorpusConfig, CorpusSource
 from titanarch.data.sources.jsonl import JsonlConfig, JsonlSource
 from titanarch.data.sources.mixture import MixedSourceConfig, MixtureConfig, MixtureSource
 from titanarch.data.sources.parquet import ParquetConfig, ParquetSource
+from titanarch.data.sources.tar import TarConfig, TarSource
 from titanarch.data.sources.text import PlainTextSource, TextConfig
 from titanarch.data.sources.tokens import TokensConfig, TokensSource
 
@@ -13,6 +14,7 @@ __all__ = [
     "CorpusConfig",
     "CorpusSource",
     "Document",
+    "FilesConfig",
     "JsonlConfig",
     "JsonlSource",
     "MixedSourceConfig",
@@ -25,6 +27,8 @@ __all__ = [
     "Source",
     "SourceConfig",
     "Split",
+    "TarConfig",
+    "TarSource",
     "TextConfig",
     "TextSource",
     "TokensConfig",

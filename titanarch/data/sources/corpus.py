@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from titanarch.config.registry import ComponentConfig
 from titanarch.data.files import find_files
+from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig
 from titanarch.data.sources.jsonl import JsonLines
 
@@ -25,8 +26,8 @@ class CorpusSource(JsonLines):
     text_key = "text"
     id_key = "id"
 
-    def __init__(self, config: CorpusConfig) -> None:
-        super().__init__(config, find_files([str(corpus_path())]))
+    def __init__(self, config: CorpusConfig, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
+        super().__init__(config, find_files([str(corpus_path())]), reading)
 
     def parse(self, position: Position, record: bytes) -> Document:
         item = self.parse_object(position, record)

@@ -10,11 +10,12 @@ from titanarch.config.errors import did_you_mean, shown
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
-from titanarch.data.files import DataFile, find_files
-from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig, TextSource
+from titanarch.data.files import find_files
+from titanarch.data.retry import Reading
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 
 
-class JsonlConfig(SourceConfig):
+class JsonlConfig(FilesConfig):
     """JSON objects, one a line."""
 
     paths: ListOf[str] = Field(description="files .jsonl, .jsonl.gz or .jsonl.zst: fsspec URLs or globs", min_length=1)
@@ -70,7 +71,6 @@ class JsonlSource(JsonLines):
 
     Config: ClassVar[type[ComponentConfig]] = JsonlConfig
 
-    def __init__(self, config: JsonlConfig) -> None:
-        files: list[DataFile] = find_files(config.paths)
-        super().__init__(config, files)
+    def __init__(self, config: JsonlConfig, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
+        super().__init__(config, find_files(config.paths, reading=reading), reading)
         self.text_key, self.id_key = config.text_key, config.id_key

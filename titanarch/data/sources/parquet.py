@@ -8,14 +8,15 @@ from pydantic import Field
 from titanarch.config.errors import did_you_mean, shown
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
-from titanarch.data.errors import data_error
+from titanarch.data.errors import DamagedFile, data_error
 from titanarch.data.files import find_files, open_random_access
-from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig, TextSource
+from titanarch.data.retry import Reading
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 
 ROWS_A_BATCH = 256  # bounds the memory to that many documents
 
 
-class ParquetConfig(SourceConfig):
+class ParquetConfig(FilesConfig):
     """Rows of parquet files."""
 
     paths: ListOf[str] = Field(description="parquet files: fsspec URLs or globs", min_length=1)
@@ -29,8 +30,8 @@ class ParquetSource(TextSource):
 
     Config: ClassVar[type[ComponentConfig]] = ParquetConfig
 
-    def __init__(self, config: ParquetConfig) -> None:
-        super().__init__(config, find_files(config.paths))
+    def __init__(self, config: ParquetConfig, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
+        super().__init__(config, find_files(config.paths, reading=reading), reading)
         self._columns = [name for name in (config.text_key, config.id_key) if name]
         self._has_id = bool(config.id_key)
 
@@ -41,11 +42,15 @@ class ParquetSource(TextSource):
         self._finished_bytes = sum(file.n_bytes for file in self.files[: start.file])
         for number in range(start.file, len(self.files)):
             file = self.files[number]
-            with open_random_access(file) as raw:
+            if file.n_bytes == 0:
+                continue
+            with open_random_access(file, self.reading) as raw:
                 try:
                     yield from self._rows(pyarrow.parquet.ParquetFile(raw), number, start.record if number == start.file else 0)
                 except (pyarrow.ArrowException, OSError) as error:
-                    raise data_error(f"cannot be read, it is truncated, damaged or no parquet: {error}", file=file.url) from error
+                    raise data_error(
+                        f"cannot be read, it is truncated, damaged or no parquet: {error}", file=file.url, kind=DamagedFile
+                    ) from error
             self._finished_bytes += file.n_bytes
 
     def _rows(self, table: Any, number: int, first: int) -> Iterator[tuple[Position, tuple[Any, ...]]]:

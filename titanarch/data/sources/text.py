@@ -9,10 +9,11 @@ from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
 from titanarch.data.files import BUFFER_BYTES, ByteStream, find_files
-from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig, TextSource
+from titanarch.data.retry import Reading
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 
 
-class TextConfig(SourceConfig):
+class TextConfig(FilesConfig):
     """Plain text files."""
 
     paths: ListOf[str] = Field(description="text files, plain, .gz or .zst: fsspec URLs or globs", min_length=1)
@@ -25,8 +26,8 @@ class PlainTextSource(TextSource):
 
     Config: ClassVar[type[ComponentConfig]] = TextConfig
 
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__(config, find_files(config.paths))
+    def __init__(self, config: TextConfig, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
+        super().__init__(config, find_files(config.paths, reading=reading), reading)
         self._separator = config.separator.encode()
 
     def read(self, start: Position) -> Iterator[tuple[Position, bytes | None]]:
@@ -60,8 +61,8 @@ class PlainTextSource(TextSource):
     def parse(self, position: Position, record: bytes | None) -> Document:
         file = self.files[position.file]
         if record is None:
-            with ByteStream(file) as stream:
-                record = stream.read()
+            with ByteStream(file, reading=self.reading) as stream:
+                record = b"".join(iter(lambda: stream.read(BUFFER_BYTES), b""))
         try:
             text = record.decode()
         except UnicodeDecodeError as error:

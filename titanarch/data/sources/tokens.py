@@ -8,6 +8,7 @@ from pydantic import Field
 from titanarch.config.registry import ComponentConfig
 from titanarch.data.errors import data_error
 from titanarch.data.files import is_local
+from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Source, SourceConfig, Split
 
 
@@ -23,8 +24,8 @@ class TokensSource(Source):
 
     Config: ClassVar[type[ComponentConfig]] = TokensConfig
 
-    def __init__(self, config: TokensConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TokensConfig, reading: Reading = Reading()) -> None:  # noqa: B008 (immutable)
+        super().__init__(config, reading)
         if not is_local(config.path):
             raise data_error("prepared tokens are memory-mapped: copy the folder to a local disk", file=config.path, key="data.source.path")
         self.path = Path(config.path.removeprefix("file://").removeprefix("local://"))
