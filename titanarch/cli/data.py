@@ -1,4 +1,4 @@
-"""``titanarch data``: tokenize a source ahead of training, and look at what a run reads."""
+"""``titanarch data``: tokenize a source ahead of training, train a tokenizer, and look at what a run reads."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError
 
+from titanarch.cli import data_tokenizer
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.explain import explain
@@ -56,6 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     writing.usage = f"{writing.prog} [--config FILE] [--data.key VALUE ...] --out DIR [--processes N]"
     writing.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     writing.add_argument("--processes", type=int, default=0, help="tokenizing processes; 0, the default: one a core for over 64 MB")
+    training = actions.add_parser("train-tokenizer", help="train a tokenizer on the documents of a source", allow_abbrev=False)
+    add_config_arguments(training)
+    data_tokenizer.configure(training)
     looking = actions.add_parser("inspect", help="show documents, their lengths, and a row as the model sees it", allow_abbrev=False)
     add_config_arguments(looking)
     looking.usage = f"{looking.prog} [--config FILE] [--data.key VALUE ...] [--split NAME] [--documents N] [--row K]"
@@ -69,6 +73,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
+    if args.action == "train-tokenizer":
+        data_tokenizer.run(settings.data, args)
+        return 0
     tokenizer = build_tokenizer(settings.data.tokenizer)
     if args.action == "prepare":
         _prepare(settings.data, tokenizer, args.out, args.processes)
