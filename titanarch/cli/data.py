@@ -19,10 +19,11 @@ from titanarch.config.section import Section
 from titanarch.config.tree import Node, Origin
 from titanarch.data.batch import Batch, make_batch
 from titanarch.data.cache import open_mixture
+from titanarch.data.card import card_text
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
-from titanarch.data.index_writer import staged
+from titanarch.data.index_writer import VERSION
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.packing import Packing, PackingCounts, counts
@@ -32,6 +33,7 @@ from titanarch.data.sources import MixtureConfig, Split, TokensConfig
 from titanarch.data.split import SplitSource, has_validation
 from titanarch.data.streams import StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
+from titanarch.data.unfinished import resumable
 from titanarch.train.run_config import RunConfig
 
 
@@ -98,7 +100,7 @@ def _settings(args: argparse.Namespace) -> _Settings:
 
 
 def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int) -> None:
-    """Write every split to a folder of its own in ``out``, all or nothing."""
+    """Write every split to a folder of its own in ``out``, all or nothing; what an earlier one was broken off at is gone on with."""
     if isinstance(config.source, MixtureConfig):
         raise ConfigError(Problem("prepare each source of the mixture by itself, and let the mixture name the folders", key="data.source"))
     if isinstance(config.source, TokensConfig):
@@ -108,10 +110,14 @@ def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int
     splits: list[Split] = ["train"]
     if has_validation(config) and not isinstance(config.validation, TokensConfig):
         splits.append("validation")
-    with staged(out) as staging:
-        for split in splits:
-            (staging / split).mkdir()
-            prepare(SplitSource(config, split), tokenizer, staging / split, processes=processes)
+    sources = {split: SplitSource(config, split) for split in splits}
+    plan = [VERSION, {split: source.identity() for split, source in sources.items()}, tokenizer.fingerprint, tokenizer.eos_id]
+    with resumable(out, plan) as staging:
+        for split, source in sources.items():
+            (staging / split).mkdir(exist_ok=True)
+            prepare(source, tokenizer, staging / split, processes=processes, resumes=True)
+        metas = {split: IndexedData(staging / split, tokenizer).meta for split in splits}
+        (staging / "README.md").write_text(card_text(metas), encoding="utf-8")
     for split in splits:
         print(f"{out / split}: {_totals(IndexedData(out / split, tokenizer))}")
     print(f'use it with data.source = {{ kind = "tokens", path = "{out}" }} and the same data.tokenizer')

@@ -1,10 +1,12 @@
 """Files behind fsspec URLs, read as streams of bytes; gzip and zstandard are unpacked by their suffix."""
 
 import gzip
+import hashlib
 import io
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -170,3 +172,12 @@ def open_random_access(file: DataFile) -> Any:
 def is_local(url: str) -> bool:
     """Whether ``url`` is a path of this machine."""
     return fsspec.utils.get_protocol(url) in ("file", "local")
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

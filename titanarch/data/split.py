@@ -32,6 +32,7 @@ class SplitSource:
         self.split = split
         self._fraction = 0.0 if split == "validation" and config.validation is not None else config.validation_fraction
         self._limit = config.limit_documents if split == "train" else 0
+        self.passed_over = 0  # documents that were read by ``records`` and belong to another split
 
     def records(self, start: Record | None = None) -> Iterator[Record]:
         """The documents from ``start`` on (its content is not used), or all of them."""
@@ -42,6 +43,8 @@ class SplitSource:
             if self._belongs(place, content):
                 yield Record(number, place, content)
                 number += 1
+            else:
+                self.passed_over += 1
 
     def _belongs(self, position: Position, content: Any) -> bool:
         if self.source.splits_itself:
