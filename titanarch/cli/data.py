@@ -1,4 +1,4 @@
-"""``titanarch data``: tokenize a source ahead of training, train a tokenizer, and look at what a run reads."""
+"""``titanarch data``: tokenize a source ahead of training, train a tokenizer, fetch a corpus, and look at what a run reads."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError
 
-from titanarch.cli import data_tokenizer
+from titanarch.cli import data_fetch, data_tokenizer
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.explain import explain
@@ -62,6 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     training = actions.add_parser("train-tokenizer", help="train a tokenizer on the documents of a source", allow_abbrev=False)
     add_config_arguments(training)
     data_tokenizer.configure(training)
+    fetching = actions.add_parser("fetch", help="build a corpus that is too large to come with the package", allow_abbrev=False)
+    data_fetch.configure(fetching)
     looking = actions.add_parser("inspect", help="show documents, their lengths, and a row as the model sees it", allow_abbrev=False)
     add_config_arguments(looking)
     looking.usage = f"{looking.prog} [--config FILE] [--data.key VALUE ...] [--split NAME] [--documents N] [--row K]"
@@ -74,6 +76,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action == "fetch":
+        data_fetch.run(args)
+        return 0
     settings = _settings(args)
     if args.action == "train-tokenizer":
         data_tokenizer.run(settings.data, args)
