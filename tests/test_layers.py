@@ -37,6 +37,7 @@ DEFERRED = {
     "scipy": "an extra",
     "sentencepiece": "only runs with such a tokenizer need it",
     "tensorboard": "slow, and only one sink needs it",
+    "tiktoken": "an extra",
     "tokenizers": "only runs with such a tokenizer need it",
     "torch._inductor": "slow, and only asynchronous tensor parallelism changes its settings",
     "torch.distributed._symmetric_memory": "needs GPUs that reach each other's memory",

@@ -98,7 +98,7 @@ def test_other_tokenizer(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": VERSION + 1}, "update titanarch"),
-        ({"version": VERSION - 1}, "prepare the data again"),
+        ({"version": 0}, "prepare the data again"),
         ({"format": "another"}, "does not describe prepared tokens"),
         ({"documents": "many"}, "is damaged"),
         (None, "is damaged"),

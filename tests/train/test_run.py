@@ -112,3 +112,19 @@ def test_a_run_ends_with_the_source_that_ends_it(folder: Path) -> None:
     train(config, *overrides)
     again = json.loads((folder / "mixture" / "result.json").read_text())
     assert (again["step"], again["losses"]) == (result["step"], result["losses"])
+
+
+def test_many_epochs_want_leave(folder: Path) -> None:
+    text = folder / "few.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {i}: " + "a few words more " * 20}) + "\n" for i in range(8)))
+    source = ["--data.source", f'{{ kind = "jsonl", paths = ["{text}"] }}', "--data.limit_documents", "0", "--validation.enable", "false"]
+    config = write_config(folder, "repeating", folder / "cache")
+    source += ["--metrics.sinks", '["jsonl", "progress"]']
+    refused = train(config, *source, "--evaluation.enable", "false", status=2).stderr
+    assert "epochs (" in refused
+    assert "data.allow_repeat" in refused
+    assert rows(folder / "repeating") == []
+    allowed = train(config, *source, "--evaluation.enable", "false", "--data.allow_repeat", "true", n_processes=2)
+    epochs = json.loads((folder / "repeating" / "result.json").read_text())["epochs"]
+    assert epochs > 4
+    assert f"epochs planned: {epochs:.2f} epochs (" in allowed.stderr + allowed.stdout

@@ -1,4 +1,4 @@
-"""``titanarch data``: tokenize a source ahead of training, and look at what a run reads."""
+"""``titanarch data``: tokenize a source ahead of training, train a tokenizer, fetch a corpus, and look at what a run reads."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError
 
+from titanarch.cli import data_fetch, data_tokenizer
 from titanarch.cli.arguments import add_config_arguments, load_from_arguments
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.config.explain import explain
@@ -18,10 +19,11 @@ from titanarch.config.section import Section
 from titanarch.config.tree import Node, Origin
 from titanarch.data.batch import Batch, make_batch
 from titanarch.data.cache import open_mixture
+from titanarch.data.card import card_text
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
-from titanarch.data.index_writer import staged
+from titanarch.data.index_writer import VERSION
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.packing import Packing, PackingCounts, counts
@@ -31,6 +33,7 @@ from titanarch.data.sources import MixtureConfig, Split, TokensConfig
 from titanarch.data.split import SplitSource, has_validation
 from titanarch.data.streams import StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
+from titanarch.data.unfinished import resumable
 from titanarch.train.run_config import RunConfig
 
 
@@ -56,6 +59,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     writing.usage = f"{writing.prog} [--config FILE] [--data.key VALUE ...] --out DIR [--processes N]"
     writing.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     writing.add_argument("--processes", type=int, default=0, help="tokenizing processes; 0, the default: one a core for over 64 MB")
+    training = actions.add_parser("train-tokenizer", help="train a tokenizer on the documents of a source", allow_abbrev=False)
+    add_config_arguments(training)
+    data_tokenizer.configure(training)
+    fetching = actions.add_parser("fetch", help="build a corpus that is too large to come with the package", allow_abbrev=False)
+    data_fetch.configure(fetching)
     looking = actions.add_parser("inspect", help="show documents, their lengths, and a row as the model sees it", allow_abbrev=False)
     add_config_arguments(looking)
     looking.usage = f"{looking.prog} [--config FILE] [--data.key VALUE ...] [--split NAME] [--documents N] [--row K]"
@@ -68,7 +76,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action == "fetch":
+        data_fetch.run(args)
+        return 0
     settings = _settings(args)
+    if args.action == "train-tokenizer":
+        data_tokenizer.run(settings.data, args)
+        return 0
     tokenizer = build_tokenizer(settings.data.tokenizer)
     if args.action == "prepare":
         _prepare(settings.data, tokenizer, args.out, args.processes)
@@ -91,7 +105,7 @@ def _settings(args: argparse.Namespace) -> _Settings:
 
 
 def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int) -> None:
-    """Write every split to a folder of its own in ``out``, all or nothing."""
+    """Write every split to a folder of its own in ``out``, all or nothing; what an earlier one was broken off at is gone on with."""
     if isinstance(config.source, MixtureConfig):
         raise ConfigError(Problem("prepare each source of the mixture by itself, and let the mixture name the folders", key="data.source"))
     if isinstance(config.source, TokensConfig):
@@ -101,10 +115,14 @@ def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int
     splits: list[Split] = ["train"]
     if has_validation(config) and not isinstance(config.validation, TokensConfig):
         splits.append("validation")
-    with staged(out) as staging:
-        for split in splits:
-            (staging / split).mkdir()
-            prepare(SplitSource(config, split), tokenizer, staging / split, processes=processes)
+    sources = {split: SplitSource(config, split) for split in splits}
+    plan = [VERSION, {split: source.identity() for split, source in sources.items()}, tokenizer.fingerprint, tokenizer.eos_id]
+    with resumable(out, plan) as staging:
+        for split, source in sources.items():
+            (staging / split).mkdir(exist_ok=True)
+            prepare(source, tokenizer, staging / split, processes=processes, resumes=True)
+        metas = {split: IndexedData(staging / split, tokenizer).meta for split in splits}
+        (staging / "README.md").write_text(card_text(metas), encoding="utf-8")
     for split in splits:
         print(f"{out / split}: {_totals(IndexedData(out / split, tokenizer))}")
     print(f'use it with data.source = {{ kind = "tokens", path = "{out}" }} and the same data.tokenizer')

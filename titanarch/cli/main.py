@@ -33,7 +33,7 @@ COMMANDS = {
     "config": Command("titanarch.cli.config", "show, check and document configurations"),
     "plan": Command("titanarch.cli.plan", "predict memory, communication and time of a run, on machines that are not here"),
     "coordcheck": Command("titanarch.cli.coordcheck", "train a few steps at several widths, and see whether activations move alike"),
-    "data": Command("titanarch.cli.data", "tokenize a source ahead of training, and look at what a run reads"),
+    "data": Command("titanarch.cli.data", "tokenize a source, train a tokenizer, fetch a corpus, look at what a run reads"),
     "checkpoint": Command("titanarch.cli.checkpoint", "list, verify, compare and average checkpoints"),
     "eval": Command("titanarch.cli.eval", "evaluate the model of a run"),
     "replay": Command("titanarch.cli.replay", "make a step of a run again, and show it beside what was logged"),

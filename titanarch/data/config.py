@@ -35,6 +35,9 @@ class DataConfig(Section):
         description="concat: documents end to end, cut into rows; best_fit: whole documents that fill a row; padded: a document a row",
     )
     limit_documents: int = Field(0, ge=0, description="train on the first n documents alone; 0: on all")
+    allow_repeat: bool = Field(
+        False, description="let the run take more than 4 epochs of a source; else it is refused", json_schema_extra=FREE
+    )
     validation: SourceField | None = Field(None, description="a source of its own for validation; unset: what the source holds out")
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of the source's documents held out, by a hash of their names")
     cache_dir: str = Field(

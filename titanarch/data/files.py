@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -145,3 +146,12 @@ def open_random_access(file: DataFile, reading: Reading) -> Any:
     if found != file:
         raise replaced(file, found)
     return raw
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -11,9 +11,13 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from pydantic import ValidationError
 
-from titanarch.data.errors import data_error
-from titanarch.data.index_writer import FORMAT, VERSION, Meta
+from titanarch.data.errors import DataError, data_error
+from titanarch.data.files import sha256_of
+from titanarch.data.index_writer import FORMAT, READABLE, VERSION, Meta, probe_of
 from titanarch.data.tokenizers import Tokenizer
+
+CHECKED_BYTES = 16 << 20
+"""Files up to here are read whole when data are opened, about 10 ms each."""
 
 
 class TokenizedDocument(NamedTuple):
@@ -28,16 +32,19 @@ class IndexedData(Sequence[TokenizedDocument]):
     """The documents of a prepared folder, as a sequence of documents and as one long run of tokens.
 
     ``fingerprint`` is a hash of the tokens and the documents' starts. Opening checks the version, the size of every
-    file and that ``tokenizer`` is the one the data were made with, and raises DataError where any is wrong;
-    ``verify`` reads everything and compares the checksums.
+    file, its checksum (of files over 16 MiB that of 16 blocks of 4 KiB spread over them), and that ``tokenizer`` is the
+    one the data were made with, and raises DataError where any is wrong; ``verify`` reads everything and compares the
+    checksums. ``checked``: False where another process has opened the same data just before.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, checked: bool = True) -> None:
         self.folder = folder
         self._tokenizer = tokenizer
         self.meta = _read_meta(folder)
         _check_tokenizer(folder, self.meta, tokenizer)
         _check_sizes(folder, self.meta)
+        if checked:
+            _check_content(folder, self.meta)
         self.dtype = np.dtype(self.meta.dtype)
         names = sorted(name for name in self.meta.files if name.startswith("tokens-"))
         self._shards = [_map(folder / name, self.dtype) for name in names]
@@ -128,20 +135,16 @@ class IndexedData(Sequence[TokenizedDocument]):
     def verify(self) -> None:
         """Read every file and compare its checksum; DataError names the first that differs."""
         for name, entry in self.meta.files.items():
-            if _sha256(self.folder / name) != entry.sha256:
-                raise data_error("the content differs from the checksum in meta.json: prepare the data again", file=self.folder / name)
+            if sha256_of(self.folder / name) != entry.sha256:
+                raise _differs(self.folder / name)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _differs(path: Path) -> DataError:
+    return data_error("the content differs from the checksum in meta.json: copy it again or prepare the data again", file=path)
 
 
 def _reopened(folder: Path, tokenizer: Tokenizer, n_documents: int) -> IndexedData:
-    return IndexedData(folder, tokenizer).first(n_documents)
+    return IndexedData(folder, tokenizer, checked=False).first(n_documents)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -161,7 +164,7 @@ def _read_meta(folder: Path) -> Meta:
         raise data_error(f"is damaged: {error}", file=path) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("version"), int):
         raise data_error("does not describe prepared tokens", file=path)
-    if values["version"] != VERSION:
+    if values["version"] not in READABLE:
         remedy = "update titanarch" if values["version"] > VERSION else "prepare the data again"
         raise data_error(f"is of format version {values['version']}, this titanarch reads {VERSION}: {remedy}", file=path)
     try:
@@ -190,3 +193,12 @@ def _check_sizes(folder: Path, meta: Meta) -> None:
         if (n_bytes := path.stat().st_size) != entry.bytes:
             fault = "is truncated" if n_bytes < entry.bytes else "is too long"
             raise data_error(f"{fault}: {n_bytes} bytes, not {entry.bytes}; copy it again or prepare the data again", file=path)
+
+
+def _check_content(folder: Path, meta: Meta) -> None:
+    """Compare what is cheap to compare: small files whole, and blocks of large ones."""
+    for name, entry in meta.files.items():
+        path = folder / name
+        found = (sha256_of(path), entry.sha256) if entry.bytes <= CHECKED_BYTES else (probe_of(path), entry.probe)
+        if found[1] and found[0] != found[1]:
+            raise _differs(path)

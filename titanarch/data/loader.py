@@ -14,6 +14,7 @@ from titanarch.data.errors import data_error
 from titanarch.data.files import samples_checksum
 from titanarch.data.layout import RowLayout
 from titanarch.data.mixed_rows import training_rows
+from titanarch.data.repeats import MOST_EPOCHS, Passes, repeated
 from titanarch.data.rows import RunRows
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.skips import SkipCounts
@@ -62,6 +63,10 @@ class RowLoader(ABC, Iterator[Batch]):
     def source_epochs(self) -> dict[str, float]:
         """Passes over each source of a mixture that are behind, by its name; empty where there is one source."""
         return {}
+
+    def passes(self, end_row: int) -> list[Passes]:
+        """How much of each source the rows before ``end_row`` take; empty where only reading will tell."""
+        return []
 
     @property
     def skipped(self) -> SkipCounts:
@@ -141,6 +146,9 @@ class IndexedLoader(RowLoader):
     def source_epochs(self) -> dict[str, float]:
         return self.rows.source_epochs(self.next_row)
 
+    def passes(self, end_row: int) -> list[Passes]:
+        return self.rows.passes(end_row)
+
     @property
     def skipped(self) -> SkipCounts:
         return self.rows.skipped
@@ -175,7 +183,7 @@ class StreamedLoader(RowLoader):
     """Rows of R streams, tokenized on the fly: row k is the next row of stream k mod R.
 
     The state holds the cursor of every stream of this rank. Raises ConfigError where R is no multiple of the global
-    batch, or there are more workers than streams.
+    batch, or there are more workers than streams, and when the fifth epoch begins unless ``data.allow_repeat``.
     """
 
     def __init__(
@@ -194,7 +202,7 @@ class StreamedLoader(RowLoader):
         if n_workers > len(self._streams):
             message = f"{n_workers} workers are more than the {len(self._streams)} streams of a rank: give at most as many"
             raise ConfigError(Problem(message, key="data.workers"))
-        self._n_workers = n_workers
+        self._n_workers, self._allow_repeat = n_workers, config.allow_repeat
         self._cursors = {stream: Cursor() for stream in self._streams}
         self._rows: StreamReader | StreamWorkers | None = None
         self._skipped = SkipCounts()
@@ -220,6 +228,8 @@ class StreamedLoader(RowLoader):
         if self._rows is None:
             self._rows = self._open()
         row = self._rows.next_row(stream)
+        if row.cursor.epoch >= MOST_EPOCHS and not self._allow_repeat:
+            raise repeated(row.cursor.epoch + 1)
         self._cursors[stream] = row.cursor
         self._skipped = max(self._skipped, row.skipped)
         return row

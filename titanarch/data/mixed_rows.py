@@ -1,6 +1,8 @@
 """The rows of a mixture: each those of one source, in the order of the mixture."""
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from titanarch.data.config import DataConfig
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixture import MixtureOrder, MixturePlan, Part, Rows
 from titanarch.data.packing import Packing
+from titanarch.data.repeats import Passes
 from titanarch.data.rows import IndexedRows, RunRows
 from titanarch.data.skips import SkipCounts, count
 from titanarch.data.sources import MixtureConfig
@@ -37,7 +40,8 @@ class MixedRows(RunRows):
             except ConfigError as error:
                 raise ConfigError(*(replace(each, message=f"in the source {name}, {each.message}") for each in error.problems)) from error
         self.fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in self.sources).encode()).hexdigest()
-        self._plan = MixturePlan(mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources]))
+        self._order = mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources])
+        self._plan = MixturePlan(self._order)
 
     def read(self, first_row: int, n_rows: int) -> Windows:
         return self._read(self._plan.rows(first_row, n_rows), first_row)
@@ -45,6 +49,21 @@ class MixedRows(RunRows):
     @property
     def skipped(self) -> SkipCounts:
         return count(skip for source in self.sources for skip in source.data.meta.skipped)
+
+    def passes(self, end_row: int) -> list[Passes]:
+        sizes = [rows.n_windows for rows in self.sources]
+        once = [n if source.at_end != "repeat" else math.inf for n, source in zip(sizes, self.config.sources, strict=True)]
+
+        def lasts(row: int) -> bool:
+            return all(due <= n + 1 for due, n in zip(self._order.due(row), once, strict=True))
+
+        if not lasts(end_row):  # the run ends where a source does
+            end_row = bisect_left(range(end_row), True, key=lambda row: not lasts(row))
+        due = self._order.due(end_row)
+        return [
+            Passes(name, n / size, rows.data.n_tokens)
+            for name, n, size, rows in zip(self.config.names, due, sizes, self.sources, strict=True)
+        ]
 
     def epoch(self, row: int) -> int:
         """Of the source that has had the fewest."""

@@ -43,7 +43,14 @@ class _Share:
         for i in range(1, len(rows)):
             self._due.append(self._due[-1] + (rows[i] - rows[i - 1]) * (shares[i - 1] + shares[i]) / 2)
 
-    def place(self, due: int) -> float:
+    def due(self, row: float) -> float:
+        """Rows that the source is due of those before ``row``."""
+        i = bisect_right(self._rows, row) - 1
+        share, more = self._shares[i], row - self._rows[i]
+        slope = 0.0 if i + 1 == len(self._rows) else (self._shares[i + 1] - share) / (self._rows[i + 1] - self._rows[i])
+        return self._due[i] + more * (share + slope * more / 2)
+
+    def place(self, due: float) -> float:
         """Up to where the source is due no more than ``due`` rows; infinite where it never is."""
         i = bisect_right(self._due, due) - 1
         share, more = self._shares[i], due - self._due[i]
@@ -111,6 +118,22 @@ class MixtureOrder:
                 self._release[chosen] = self._deadline[chosen]
                 self._deadline[chosen] = self._shares[chosen].place(self.taken[chosen] - self._taken_then[chosen] + 1)
         return Rows(source_N, index_N)
+
+    def due(self, end_row: int) -> list[float]:
+        """Rows of each source among the first ``end_row``, to within a row for each source dropped; without taking them one by one."""
+        order = MixtureOrder(self.parts)
+        while True:
+            active = order._active
+            left = {i: self.parts[i].n_rows - order._taken_then[i] for i in active if self.parts[i].dropped_at_end}
+            dropped_at = {i: math.ceil(order._shares[i].place(n)) for i, n in left.items() if order._shares[i].due(end_row) > n}
+            first = min(dropped_at, key=dropped_at.__getitem__) if dropped_at and len(active) > 1 else None
+            row = end_row if first is None else dropped_at[first]
+            due = [then + (order._shares[i].due(row) if i in active else 0.0) for i, then in enumerate(order._taken_then)]
+            if first is None:
+                return due
+            order.row, order.taken = row, [round(n) for n in due]
+            order.taken[first] = self.parts[first].n_rows
+            order._begin_phase()
 
     def _earliest(self) -> int:
         chosen = -1

@@ -14,6 +14,7 @@ from titanarch.data.batch import Windows
 from titanarch.data.indexed import IndexedData
 from titanarch.data.packing import Packing, Plan, plan
 from titanarch.data.permutation import Permutation
+from titanarch.data.repeats import Passes
 from titanarch.data.skips import SkipCounts, count
 
 ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a row than one by one
@@ -32,6 +33,10 @@ class RunRows(ABC):
     @abstractmethod
     def read(self, first_row: int, n_rows: int) -> Windows:
         """Rows ``first_row`` to ``first_row + n_rows``."""
+
+    @abstractmethod
+    def passes(self, end_row: int) -> list[Passes]:
+        """How much of each source the rows before ``end_row`` take; known beforehand, in a mixture to within a few rows."""
 
     @abstractmethod
     def epoch(self, row: int) -> int:
@@ -92,6 +97,9 @@ class IndexedRows(RunRows):
     @property
     def skipped(self) -> SkipCounts:
         return count(self.data.meta.skipped)
+
+    def passes(self, end_row: int) -> list[Passes]:
+        return [Passes("", end_row / self.n_windows, self.data.n_tokens)]
 
     def epoch(self, row: int) -> int:
         return row // self.n_windows

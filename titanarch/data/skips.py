@@ -52,6 +52,10 @@ class Skips:
         logger.warning("on_error = 'skip' passes over data: %s", error)
         return Skip(file=file, first_offset=place[0], first_record=place[1], documents=0, rest=False, reason=str(error))
 
+    def restore(self, files: Iterable[Skip]) -> None:
+        """Go on from ``files``, read before."""
+        self._by_file, self._last = {skip.file: skip for skip in files}, {}
+
     @property
     def files(self) -> list[Skip]:
         """What was passed over, in the order of the first in each file."""

@@ -35,6 +35,7 @@ class SplitSource:
         streamed = config.mode == "streamed" and split == "train"
         self._skips_unreachable = not streamed  # ranks that read each for itself would not lose the same
         self._parsed: tuple[Position, Document | None] = (Position(), None)  # the last, so that it need not be parsed again
+        self.passed_over = 0  # documents that were read by ``records`` and belong to another split
 
     def records(self, start: Record | None = None) -> Iterator[Record]:
         """The documents from ``start`` on (its content is not used), or all of them."""
@@ -45,6 +46,8 @@ class SplitSource:
             if self._belongs(place, content):
                 yield Record(number, place, content)
                 number += 1
+            elif self._parsed[1] is not None:
+                self.passed_over += 1
 
     def _belongs(self, position: Position, content: Any) -> bool:
         """Malformed documents that are skipped have no number, so that all who read count alike."""

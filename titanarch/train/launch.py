@@ -48,6 +48,8 @@ def train(loaded: Loaded[RunConfig], planner: MemoryPlanner | None = None) -> tu
                 trainer = Trainer(config, processes, folder)
                 trainer.notes = (*trainer.notes, note) if note else trainer.notes
                 return trainer.run(), processes.is_main
+        except ConfigError as error:
+            raise loaded.located(error) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

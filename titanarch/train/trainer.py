@@ -9,6 +9,7 @@ from typing import Any
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
 from titanarch.config.dump import dump_toml, to_table
+from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Batch
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.loader import build_loader
@@ -19,6 +20,7 @@ from titanarch.evaluate.validation import validation_loss
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
+from titanarch.train.epochs import check_next_step, planned_epochs
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.metrics.devices import device_peak
@@ -125,6 +127,7 @@ class Trainer:
             if finished is not None:
                 self.log.event(f"the run in {self.folder.path} has finished, at step {first_step}: there is nothing left to train")
                 return finished
+            self.log.event(planned_epochs(self.loader, self.budget, allowed=self.config.data.allow_repeat))
             if self.processes.is_main:
                 self.folder.set_aside_result()
             for note in self.notes:
@@ -162,6 +165,7 @@ class Trainer:
             if reason := self.loader.ended:
                 self.log.event(f"the run ends before step {step}: {reason}")
                 break
+            self._refuse_repeats(saves=step > first_step)
             self.watchdog.begin(step)
             self.checkpointer.maybe_wait()
             self._log_saved()
@@ -181,6 +185,15 @@ class Trainer:
                 set_timeout(self.config.comm.train_timeout_seconds)
             profile()
             collect_garbage(step)
+
+    def _refuse_repeats(self, *, saves: bool) -> None:
+        """Where the next step may not be made, raise after a checkpoint to go on from."""
+        try:
+            check_next_step(self.loader, self.budget, allowed=self.config.data.allow_repeat)
+        except ConfigError:
+            if self.config.checkpoint.last_save and saves:
+                self._save({}, last=True)
+            raise
 
     def draw(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step, for which the learning rate is set."""
@@ -340,6 +353,7 @@ class Trainer:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "epochs": self._epochs(),
+            **({"source_epochs": epochs} if (epochs := self.loader.source_epochs) else {}),
             "parameters": self.cost.parameters,
             "non_embedding_parameters": self.cost.non_embedding_parameters,
             "active_parameters": self.cost.active_parameters,

@@ -54,6 +54,8 @@ def summary_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [(heading(key), shown_value(key, value)) for key, value in result.items() if not isinstance(value, (Mapping, list, tuple))]
     losses: Mapping[str, Any] = result.get("losses", {})
     lines += [(f"{heading(name)} loss", shown_value("loss", value)) for name, value in losses.items()]
+    source_epochs: Mapping[str, float] = result.get("source_epochs", {})
+    lines += [(f"epochs of {name}", shown_value("epochs", value)) for name, value in source_epochs.items()]
     environment: Mapping[str, Any] = result.get("environment", {})
     lines += [(key, str(environment[key])) for key in ("device", "commit") if key in environment]
     return lines

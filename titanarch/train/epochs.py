@@ -1,0 +1,21 @@
+"""How many epochs a run takes: said before its first step, refused where they are too many."""
+
+from titanarch.data.loader import RowLoader
+from titanarch.data.repeats import check_repeats
+from titanarch.train.budget import Budget
+
+
+def planned_epochs(loader: RowLoader, budget: Budget, *, allowed: bool) -> str:
+    """The epochs of the whole run, in words. ConfigError where they are too many and not ``allowed``."""
+    steps = budget.total_steps
+    if steps is None:
+        return "epochs planned: as many as the minutes allow"
+    passes = loader.passes(steps * loader.layout.global_batch_size)
+    check_repeats(passes, allowed=allowed)
+    return f"epochs planned: {', '.join(map(str, passes)) or 'unknown, since streamed text is not counted beforehand'}"
+
+
+def check_next_step(loader: RowLoader, budget: Budget, *, allowed: bool) -> None:
+    """ConfigError where the next step of a run by minutes takes rows too often and that is not ``allowed``."""
+    if budget.total_steps is None and not allowed:
+        check_repeats(loader.passes(loader.next_row + loader.layout.global_batch_size), allowed=False)
