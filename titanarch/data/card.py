@@ -5,6 +5,7 @@ from pathlib import Path
 
 from titanarch.data.files import is_local, sha256_of
 from titanarch.data.index_writer import InputMeta, Meta
+from titanarch.data.sources import Split
 from titanarch.data.split import SplitSource
 
 
@@ -16,7 +17,7 @@ def inputs_of(source: SplitSource) -> list[InputMeta]:
     ]
 
 
-def card_text(splits: Mapping[str, Meta]) -> str:
+def card_text(splits: Mapping[Split, Meta]) -> str:
     """The README of prepared data, by the meta of each split."""
     one = next(iter(splits.values()))
     lines = [

@@ -60,13 +60,13 @@ class TiktokenTokenizer(Tokenizer):
         self.bos_id = config.special_tokens[config.bos_token] if config.bos_token else None
         self.pad_id = None
         self.fingerprint = _fingerprint(ranks, config)
-        self._ranks = ranks
+        self._ranks, self._special = ranks, frozenset(config.special_tokens.values())
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode_to_numpy(text, disallowed_special=())).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        special = set(self.config.special_tokens.values())
+        special = self._special
         return self._model.decode([token for token in map(int, ids) if token not in special])
 
     def _byte_table(self) -> np.ndarray:
