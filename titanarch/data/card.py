@@ -38,7 +38,13 @@ def card_text(splits: Mapping[Split, Meta]) -> str:
             counts = "| | | | | | |"
     lost = [(name, skip) for name, meta in splits.items() for skip in meta.skipped]
     if lost:
-        lines += ["", "Not read:", "", "| split | file | malformed documents | left before its end | reason |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            "",
+            "Not read:",
+            "",
+            "| split | file | malformed documents | left before its end | reason |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         lines += [f"| {name} | {s.file} | {s.documents:,} | {'yes' if s.rest else 'no'} | {s.reason} |" for name, s in lost]
     lines += ["", "Read from:", "", "| split | file | bytes | SHA-256 |", "| --- | --- | --- | --- |"]
     for name, meta in splits.items():
