@@ -44,6 +44,10 @@ class DataConfig(Section):
         0, ge=0, description="processes that tokenize a source for the cache; 0: one a core where it has over 64 MB", json_schema_extra=FREE
     )
 
+    ledger: bool = Field(
+        False, description="write which rows each step was fed into the run's folder, for `titanarch data ledger`", json_schema_extra=FREE
+    )
+
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> "DataConfig":
         if self.validation is not None and self.validation_fraction > 0:

@@ -49,12 +49,13 @@ class Cursor:
 
 class StreamRow(NamedTuple):
     """One row: tokens int64 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
-    and how many of the tokens are real."""
+    how many of the tokens are real, and the stream's cursor before it."""
 
     tokens: np.ndarray
     starts: np.ndarray
     cursor: Cursor
     real: int
+    before: Cursor
 
 
 class _Aside:
@@ -93,11 +94,12 @@ class _Aside:
 class _Stream:
     """A stream: the document it goes on with, its tokens at hand, and texts put aside.
 
-    ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place, tokens), the first one begun at
+    ``at``: its cursor after the last row. ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place, tokens), the first one begun at
     ``skip``. A place is a Record that the Shuffle made.
     """
 
     begin: Cursor
+    at: Cursor
     skip: int
     waiting: deque[tuple[int, Record, bytes | tuple[int, int]]]
     tokenized: deque[tuple[int, Record, np.ndarray]]
@@ -130,7 +132,7 @@ class StreamReader:
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
         self._end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
         begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
-        self._state = {stream: _Stream(begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
+        self._state = {stream: _Stream(begin, begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
         self._aside = _Aside()
         self._scan: Iterator[tuple[int, Record, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
 
@@ -200,7 +202,8 @@ class StreamReader:
         self._advance(stream)
         epoch, place, _ = stream.tokenized[0]
         cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted)
+        before, stream.at = stream.at, cursor
+        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted, before)
 
     def _padded_row(self, stream: _Stream) -> StreamRow:
         """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
@@ -215,7 +218,8 @@ class StreamReader:
         row[:real] = tokens[:real]
         stream.skip = len(tokens)
         starts = np.array([real] if real <= self._seq_len else [], dtype=np.int64)
-        return StreamRow(row, starts, Cursor(epoch, place.number, *place.position, skip=stream.skip), real)
+        before, stream.at = stream.at, Cursor(epoch, place.number, *place.position, skip=stream.skip)
+        return StreamRow(row, starts, stream.at, real, before)
 
     def _advance(self, stream: _Stream) -> None:
         """Go T tokens on, to the document that holds the first token of the next row."""
@@ -234,4 +238,9 @@ def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
         np.concatenate([row.starts for row in rows]),
         row_B,
         real_B if (real_B < tokens_BS.shape[1]).any() else None,
+        np.array([[*_place(row.before), *_place(row.cursor)] for row in rows], dtype=np.int64),
     )
+
+
+def _place(cursor: Cursor) -> tuple[int, int, int]:
+    return cursor.epoch, cursor.number, cursor.skip
