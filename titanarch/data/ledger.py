@@ -134,7 +134,7 @@ def _rows_of(batch: Batch) -> list[list[int]]:
     """Number, origin and checksum of each row of a batch on the host."""
     assert batch.origin_BI is not None, "a training loader says where its rows come from"
     checksums = [
-        zlib.crc32(np.ascontiguousarray(labels), zlib.crc32(np.ascontiguousarray(tokens)))
+        zlib.crc32(labels.tobytes(), zlib.crc32(tokens.tobytes()))
         for tokens, labels in zip(batch.tokens_BT.numpy(), batch.labels_BT.numpy(), strict=True)
     ]
     return np.column_stack([batch.row_B.numpy(), batch.origin_BI, checksums]).tolist()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -112,7 +113,7 @@ class _Found:
         self.doubled["number"] += int((count_U - 1).sum())
         self._tell("rows used more than once", doubled)
         ends = np.concatenate([[-1], number_U])
-        holes = [(int(a) + 1, int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True) if b > a + 1]
+        holes = [(a + 1, b) for a, b in pairwise(ends.tolist()) if b > a + 1]
         lost = [number for first, end in holes for number in range(first, end) if not any(a <= number < b for a, b in unrecorded)]
         self.lost["number"] += len(lost)
         self._tell("rows lost", [f"row {number}" for number in lost])

@@ -94,8 +94,8 @@ class _Aside:
 class _Stream:
     """A stream: the document it goes on with, its tokens at hand, and texts put aside.
 
-    ``at``: its cursor after the last row. ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place, tokens), the first one begun at
-    ``skip``. A place is a Record that the Shuffle made.
+    ``at``: its cursor after the last row. ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place,
+    tokens), the first one begun at ``skip``. A place is a Record that the Shuffle made.
     """
 
     begin: Cursor
