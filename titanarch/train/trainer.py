@@ -302,6 +302,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
+        self.checkpointer.claim()
         loaded = self.checkpointer.load(self.state())
         initial = None if loaded else self.checkpointer.load_initial(self.state())
         step = self.recovery.good_step = self.progress.step
