@@ -152,10 +152,10 @@ def life(arguments: list[str], variables: dict[str, str], output: Path) -> None:
     sys.exit(titanarch_main(arguments))
 
 
-def start(config: Path, layout: Layout, output: Path) -> list[ForkServerProcess]:
+def start(config: Path, layout: Layout, output: Path, overrides: Sequence[str] = ()) -> list[ForkServerProcess]:
     """The processes of one start of a run."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = ["train", "--config", str(config), *layout.overrides()]
+    arguments = ["train", "--config", str(config), *layout.overrides(), *overrides]
     if layout.n_processes > 1:
         with socket.socket() as server:
             server.bind(("localhost", 0))
