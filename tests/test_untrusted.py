@@ -78,7 +78,11 @@ def poison_marker(folder: Path, content: bytes) -> None:
     (folder / MARKER).write_bytes(content)
 
 
-POISONS = {"data": (poison_data, "could not be read"), "index": (poison_index, "refused"), "marker": (poison_marker, "is cut off or no JSON")}
+POISONS = {
+    "data": (poison_data, "could not be read"),
+    "index": (poison_index, "refused"),
+    "marker": (poison_marker, "is cut off or no JSON"),
+}
 
 
 @pytest.mark.usefixtures("one_process")

@@ -131,7 +131,9 @@ def test_a_read_only_folder_is_said_before_the_first_step(tmp_path: Path) -> Non
         pytest.skip("this user may not mount a file system")
     try:
         saver = checkpointer(tmp_path, folder=str(disk / "checkpoints"))
-        with pytest.raises(ConfigError, match=r"\[checkpoint\] folder: .*disk/checkpoints cannot be written .*Read-only.*nothing was trained"):
+        with pytest.raises(
+            ConfigError, match=r"\[checkpoint\] folder: .*disk/checkpoints cannot be written .*Read-only.*nothing was trained"
+        ):
             saver.claim()
         saver.close()
     finally:
@@ -150,7 +152,9 @@ def test_missing_credentials_are_said_before_the_first_step(monkeypatch: pytest.
     saver.claim()
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "pipe_file", refuse)
-        with pytest.raises(ConfigError, match=r"memory://nobody/run cannot be written .*NoCredentialsError: Unable to locate.*give credentials"):
+        with pytest.raises(
+            ConfigError, match=r"memory://nobody/run cannot be written .*NoCredentialsError: Unable to locate.*give credentials"
+        ):
             saver.claim()
     with monkeypatch.context() as patch:  # they may be withdrawn later
         patch.setattr(MemoryFileSystem, "ls", refuse)

@@ -39,7 +39,9 @@ def test_the_owner_is_named_with_host_process_and_start(tmp_path: Path) -> None:
     owner = Owner.from_bytes((tmp_path / "run.lock").read_bytes())
     assert owner is not None
     assert (owner.host, owner.process) == (socket.gethostname(), os.getpid())
-    with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on {owner.host}, started at {owner.started[:10]}T.*; wait for it"):
+    with pytest.raises(
+        ConfigError, match=rf"in use by process {os.getpid()} on {owner.host}, started at {owner.started[:10]}T.*; wait for it"
+    ):
         RunLock(tmp_path / "run.lock")
     lock.release()
     assert (tmp_path / "run.lock").read_bytes() == b""
@@ -49,7 +51,10 @@ def test_the_owner_is_named_with_host_process_and_start(tmp_path: Path) -> None:
 def test_an_owner_on_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.lock"
     write_owner(path, "node7", 12)
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"process 12 on node7.*its lock ends with its lease at the file server"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match=r"process 12 on node7.*its lock ends with its lease at the file server"),
+    ):
         patch.setattr(fcntl, "flock", held)
         RunLock(path)
     (tmp_path / "heartbeat.json").write_text("{}")
@@ -70,7 +75,7 @@ def test_a_file_system_without_locks_goes_by_the_name_in_the_file(tmp_path: Path
     with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
         RunLock(path)
     lock.release()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="no locks"):
         RunLock(path).release()
 
 

@@ -17,6 +17,7 @@ from titanarch.checkpoint.marker import MARKER, Marker
 from titanarch.checkpoint.torch_io import METADATA, LocalReader, LocalWriter, UrlReader, UrlWriter, read_index
 from titanarch.config.errors import ConfigError
 
+_BUCKETS = ("s3", "s3a", "gs", "gcs")  # where making a folder would make a bucket, of a misspelt name too
 _FOLDER = re.compile(r"step-(\d{8,})(?:-\d+)?")
 
 
@@ -129,7 +130,8 @@ class Storage:
 
     @_as_os_errors()
     def _try_writing(self, path: str) -> None:
-        self._fs.makedirs(self._root, exist_ok=True)
+        if self.location.partition("://")[0] not in _BUCKETS:
+            self._fs.makedirs(self._root, exist_ok=True)
         self._fs.pipe_file(path, b"titanarch")
         self._fs.rm_file(path)
 
