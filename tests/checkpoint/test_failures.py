@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -22,6 +23,7 @@ from titanarch.checkpoint.hashing import FileRecord
 from titanarch.checkpoint.marker import MARKER, Marker
 from titanarch.checkpoint.store import load
 from titanarch.checkpoint.torch_io import files_of, read_index
+from titanarch.config.errors import ConfigError
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -119,6 +121,64 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"file/checkpoints/step-00000001: the checkpoint was not written .*NotADirectoryError"):
         saver.save(1, filled(1), config_text="", force_sync=True)
     saver.close()
+
+
+def test_a_read_only_folder_is_said_before_the_first_step(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        saver = checkpointer(tmp_path, folder=str(disk / "checkpoints"))
+        with pytest.raises(
+            ConfigError, match=r"\[checkpoint\] folder: .*disk/checkpoints cannot be written .*Read-only.*nothing was trained"
+        ):
+            saver.claim()
+        saver.close()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+class NoCredentialsError(Exception):
+    """As botocore raises it: no OSError."""
+
+
+def test_missing_credentials_are_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    saver = checkpointer("unused", folder="memory://nobody/run")
+    saver.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "pipe_file", refuse)
+        with pytest.raises(
+            ConfigError, match=r"memory://nobody/run cannot be written .*NoCredentialsError: Unable to locate.*give credentials"
+        ):
+            saver.claim()
+    with monkeypatch.context() as patch:  # they may be withdrawn later
+        patch.setattr(MemoryFileSystem, "ls", refuse)
+        with pytest.raises(CheckpointError, match="NoCredentialsError: Unable to locate credentials"):
+            saver.save(1, filled(1), config_text="", force_sync=True)
+    saver.close()
+
+
+def test_a_storage_whose_package_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nothing://bucket/run cannot be opened: .*install the extra of titanarch that reads it"):
+        checkpointer("unused", folder="nothing://bucket/run")
+
+
+def test_another_run_that_commits_in_the_same_place_is_found(tmp_path: Path) -> None:
+    ours, theirs = (checkpointer(tmp_path, folder=str(tmp_path / "shared")) for _ in range(2))
+    ours.claim()
+    theirs.claim()
+    theirs.save(1, filled(1), config_text="", force_sync=True)
+    with pytest.raises(CheckpointError, match=r"shared/step-00000001 was committed by another run.*checkpoint\.folder of its own"):
+        ours.save(2, filled(2), config_text="", force_sync=True)
+    theirs.save(3, filled(3), config_text="", force_sync=True)
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["step-00000001", "step-00000003"]
+    for saver in (ours, theirs):
+        saver.close()
 
 
 class Evil:

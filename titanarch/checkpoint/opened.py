@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from titanarch.checkpoint.choosing import find
-from titanarch.checkpoint.errors import CheckpointError
+from titanarch.checkpoint.errors import CheckpointError, load_failed
 from titanarch.checkpoint.loading import values_name
 from titanarch.checkpoint.marker import Marker
 from titanarch.checkpoint.processes import Processes
@@ -51,8 +52,11 @@ class OpenCheckpoint:
     def _read(self, name: str, meta: TensorStorageMetadata) -> Tensor:
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
         reader = self._storage.reader(self._folder, self._index)
-        with alone():
-            load_tensors({name: tensor}, storage_reader=reader, planner=TensorsOnlyPlanner(), no_dist=True)
+        try:
+            with alone():
+                load_tensors({name: tensor}, storage_reader=reader, planner=TensorsOnlyPlanner(), no_dist=True)
+        except (CheckpointException, OSError) as error:
+            raise load_failed(error, self.path) from error
         return tensor
 
 

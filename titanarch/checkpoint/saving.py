@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -80,20 +80,25 @@ class Staging:
 
 @dataclass(frozen=True)
 class Commit:
-    """What goes into the marker of a save beside its files; ``validation_loss``: None where none was measured at the step."""
+    """What goes into the marker of a save beside its files; ``validation_loss``: None where none was measured at the step.
+
+    ``last_sequence``: of the newest commit that this run knows of; a newer one is another run's, and refused. None: any may be there.
+    """
 
     step: int
     config_text: str
     validation_loss: float | None = None
+    last_sequence: int | None = None
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A committed checkpoint: its place, and the seconds from the first file to the marker."""
+    """A committed checkpoint: its place, the seconds from the first file to the marker, and the number of the commit."""
 
     path: str
     n_bytes: int
     seconds: float
+    sequence: int
 
 
 def upload(
@@ -104,7 +109,7 @@ def upload(
     folder = processes.from_first(lambda: fresh_folder(storage, what.step))
     try:
         files = records_of(_write(tensors, storage.writer(folder), processes, own_process=own_process))
-        processes.from_first(lambda: commit(storage, folder, what, files=files, world_size=processes.count))
+        sequence = processes.from_first(lambda: commit(storage, folder, what, files=files, world_size=processes.count))
     except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
         if processes.rank == 0:
             _discard(storage, folder)
@@ -113,7 +118,7 @@ def upload(
     if processes.rank == 0:
         logger.info("saved %s in %.1f s", storage.path(folder), seconds)
         _prune(storage, retention)
-    return Uploaded(storage.path(folder), sum(record.bytes for record in files.values()), seconds)
+    return Uploaded(storage.path(folder), sum(record.bytes for record in files.values()), seconds, sequence)
 
 
 def fresh_folder(storage: Storage, step: int) -> str:
@@ -132,12 +137,18 @@ def fresh_folder(storage: Storage, step: int) -> str:
     return folder_name(step, attempt)
 
 
-def commit(storage: Storage, folder: str, what: Commit, *, files: Mapping[str, FileRecord], world_size: int) -> None:
-    """Write the marker. Only process 0, and only after the upload of every process.
+def commit(storage: Storage, folder: str, what: Commit, *, files: Mapping[str, FileRecord], world_size: int) -> int:
+    """Write the marker; the number of the commit. Only process 0, and only after the upload of every process.
 
-    CheckpointError where a file is not in the storage as it was written.
+    CheckpointError where a file is not in the storage as it was written, or another run commits there too.
     """
-    sequence = 1 + max((marker.sequence for _, marker in committed(storage)), default=0)
+    there = committed(storage)
+    sequence = 1 + newest_sequence(there)
+    if what.last_sequence is not None and sequence > what.last_sequence + 1:
+        raise CheckpointError(
+            f"{storage.path(there[-1][0])} was committed by another run since this one last looked, so this checkpoint was not committed: "
+            "stop one of the two, and give each a checkpoint.folder of its own"
+        )
     marker = Marker.make(
         what.step,
         sequence=sequence,
@@ -153,6 +164,7 @@ def commit(storage: Storage, folder: str, what: Commit, *, files: Mapping[str, F
         storage.write_marker(folder, marker)
     except OSError as error:
         raise save_failed(error, storage.path(folder)) from error
+    return sequence
 
 
 def _write(tensors: dict[str, Tensor], writer: LocalWriter | UrlWriter, processes: Processes, *, own_process: bool) -> Metadata:
@@ -194,6 +206,11 @@ def committed(storage: Storage) -> list[tuple[str, Marker]]:
             except ValueError as error:  # left for the user to look at
                 logger.warning("%s: %s", storage.path(folder), error)
     return sorted(found, key=lambda item: item[1].sequence)
+
+
+def newest_sequence(found: Sequence[tuple[str, Marker]]) -> int:
+    """The number of the last of the commits ``found``; 0 where there is none."""
+    return max((marker.sequence for _, marker in found), default=0)
 
 
 def _prune(storage: Storage, retention: Retention) -> None:

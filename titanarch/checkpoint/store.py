@@ -17,8 +17,9 @@ from titanarch.checkpoint.config import CheckpointConfig, Verification
 from titanarch.checkpoint.loading import State, read, read_initial
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.retention import Retention
-from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, upload
+from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, committed, newest_sequence, upload
 from titanarch.checkpoint.storage import Storage
+from titanarch.config.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,27 @@ class Checkpointer:
         self._staging = Staging(shared=config.async_mode == "process")
         self._pending: _Pending | None = None
         self._saved: list[Saved] = []
+        self._last_sequence: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
         return self.config.enable and step > 0 and step % self.config.interval == 0
+
+    def claim(self) -> None:
+        """Before the first step: that checkpoints can be written, and who commits there. Collective.
+
+        From then on a commit of another run in the same place fails the next save. Raises ConfigError where a process cannot write
+        there, with the reason; does nothing where checkpoints are not enabled.
+        """
+        if not self.config.enable:
+            return
+        found = self.processes.gather(self._storage.why_not_writable(str(self.processes.rank)))
+        reasons = [f"process {rank}: {reason}" for rank, reason in enumerate(found) if reason]
+        if reasons:
+            message = f"{self._storage.location} cannot be written ({reasons[0]}), so nothing was trained"
+            remedy = "give credentials or permission to write there, make room, or choose another folder"
+            raise ConfigError(Problem(f"{message}; {remedy}", key="checkpoint.folder"))
+        self._last_sequence = self.processes.from_first(lambda: newest_sequence(committed(self._storage)))
 
     def merge(self, local: Mapping[str, Any]) -> dict[str, Any]:
         """The union of the processes' dicts of plain values, each key with one owner; see ``Processes.merge``."""
@@ -129,7 +147,7 @@ class Checkpointer:
             self._storage,
             self._upload_processes,
             tensors,
-            what=Commit(step, config_text, validation_loss),
+            what=Commit(step, config_text, validation_loss, self._last_sequence),
             own_process=mode == "process",
             retention=Retention.of(self.config),
         )
@@ -153,6 +171,7 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is not None:
             done = pending.upload.result()
+            self._last_sequence = done.sequence
             self._saved.append(Saved(pending.step, done.path, done.n_bytes, pending.stall_seconds, done.seconds))
 
     def take_saved(self) -> list[Saved]:

@@ -25,6 +25,8 @@ from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
 from titanarch.data.index_writer import VERSION
 from titanarch.data.indexed import IndexedData
+from titanarch.data.ledger_check import check_ledger
+from titanarch.data.ledger_files import read_ledger
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.packing import Packing, PackingCounts, counts
 from titanarch.data.prepare import prepare
@@ -73,12 +75,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--seq-len", type=int, help="tokens of that row; default: the configuration's")
     looking.add_argument("--seed", type=int, help="the seed that orders the rows; default: the configuration's")
     looking.add_argument("--verify", action="store_true", help="read all tokens and compare their checksums")
+    checking = actions.add_parser("ledger", help="check that a run used every row once; status 1 where it did not", allow_abbrev=False)
+    checking.add_argument("run", type=Path, help="the folder of a run with data.ledger = true")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "fetch":
         data_fetch.run(args)
         return 0
+    if args.action == "ledger":
+        return _ledger(args.run)
     settings = _settings(args)
     if args.action == "train-tokenizer":
         data_tokenizer.run(settings.data, args)
@@ -126,6 +132,19 @@ def _prepare(config: DataConfig, tokenizer: Tokenizer, out: Path, processes: int
     for split in splits:
         print(f"{out / split}: {_totals(IndexedData(out / split, tokenizer))}")
     print(f'use it with data.source = {{ kind = "tokens", path = "{out}" }} and the same data.tokenizer')
+
+
+def _ledger(run_folder: Path) -> int:
+    """Print what the ledger of a run says; 1 where something is wrong."""
+    report = check_ledger(read_ledger(run_folder))
+    print(f"{report.n_steps:,} steps, {report.n_rows:,} rows, {report.n_starts} starts; {report.n_again:,} steps were made again")
+    for line in report.passes:
+        print(line)
+    skipped = f"{report.n_skipped:,} skipped by roll-backs, {report.n_not_made:,} in steps whose update was skipped"
+    print(f"{report.n_lost:,} rows lost, {report.n_doubled:,} doubled; {skipped}; {report.n_unrecorded:,} steps not recorded")
+    for problem in report.problems:
+        print(f"wrong: {problem}")
+    return 1 if report.problems else 0
 
 
 def _totals(data: IndexedData) -> str:

@@ -1,6 +1,7 @@
 """What the trainer receives: token rows with labels, positions and document boundaries.
 
-Shapes: B rows, T tokens a row, S = T + 1 tokens of a window (inputs and the last target), E beginnings of documents.
+Shapes: B rows, T tokens a row, S = T + 1 tokens of a window (inputs and the last target), E beginnings of documents,
+I numbers that say where a row comes from.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class Batch:
     from 0. ``row_B`` int64: number of the row in the run, -1 for a row that only fills a last batch.
     ``cu_seqlens`` int32 [B * T + 1]: where documents start in the flattened batch, padded with B * T to a length
     that never changes. ``packed``: whether any row shows more than one document, padding
-    being one.
+    being one. ``origin_BI``: as in Windows; it stays on the host.
     """
 
     tokens_BT: Tensor
@@ -35,6 +36,7 @@ class Batch:
     row_B: Tensor
     cu_seqlens: Tensor
     packed: bool
+    origin_BI: np.ndarray | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on ``device``; itself if it lies there."""
@@ -55,6 +57,7 @@ class Batch:
             row_B=change(self.row_B),
             cu_seqlens=change(self.cu_seqlens),
             packed=self.packed,
+            origin_BI=self.origin_BI,
         )
 
 
@@ -64,7 +67,8 @@ class Windows(NamedTuple):
     ``tokens_BS``: any integer dtype. Document e of the E that begin inside a window does so at token
     ``start_column_E[e]`` (1 to T) of row ``start_row_E[e]``; a beginning at token 0 is every row's and is not listed.
     Both int64, in order. ``row_B``: numbers of the rows in the run. ``real_B``, int64: how many tokens of a row are real; the rest
-    is padding, which is no target and begins where a document begins. None: there is no padding.
+    is padding, which is no target and begins where a document begins. None: there is no padding. ``origin_BI``, int64: where each row
+    comes from, as ``ledger.Origins`` names its numbers; None of rows that no run trains on.
     """
 
     tokens_BS: np.ndarray
@@ -72,11 +76,12 @@ class Windows(NamedTuple):
     start_column_E: np.ndarray
     row_B: np.ndarray
     real_B: np.ndarray | None = None
+    origin_BI: np.ndarray | None = None
 
 
 def make_batch(windows: Windows) -> Batch:
     """The rows with labels, positions and documents."""
-    tokens_BS, start_row_E, start_column_E, row_B, real_B = windows
+    tokens_BS, start_row_E, start_column_E, row_B, real_B, origin_BI = windows
     n_rows, n_columns = tokens_BS.shape
     length = n_columns - 1
     n_tokens = n_rows * length
@@ -108,6 +113,7 @@ def make_batch(windows: Windows) -> Batch:
         row_B=torch.from_numpy(row_B.astype(np.int64)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         packed=packed,
+        origin_BI=origin_BI,
     )
 
 

@@ -55,6 +55,9 @@ class DataConfig(Section):
         description="of a remote file's unpacked bytes kept ready by a thread of each reader; 0: none",
         json_schema_extra=FREE,
     )
+    ledger: bool = Field(
+        False, description="write which rows each step was fed into the run's folder, for `titanarch data ledger`", json_schema_extra=FREE
+    )
 
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> "DataConfig":

@@ -13,6 +13,7 @@ from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.files import samples_checksum
 from titanarch.data.layout import RowLayout
+from titanarch.data.ledger import Origins
 from titanarch.data.mixed_rows import training_rows
 from titanarch.data.repeats import MOST_EPOCHS, Passes, repeated
 from titanarch.data.rows import RunRows
@@ -58,6 +59,11 @@ class RowLoader(ABC, Iterator[Batch]):
     @abstractmethod
     def rows_per_epoch(self) -> int | None:
         """Rows of a pass over the training data; None where it is not known."""
+
+    @property
+    @abstractmethod
+    def origins(self) -> Origins:
+        """What ``origin_BI`` of its batches means."""
 
     @property
     def source_epochs(self) -> dict[str, float]:
@@ -143,6 +149,10 @@ class IndexedLoader(RowLoader):
         return self.rows.rows_per_epoch
 
     @property
+    def origins(self) -> Origins:
+        return Origins(windows=self.rows.source_windows)
+
+    @property
     def source_epochs(self) -> dict[str, float]:
         return self.rows.source_epochs(self.next_row)
 
@@ -218,6 +228,10 @@ class StreamedLoader(RowLoader):
     @property
     def skipped(self) -> SkipCounts:
         return self._skipped
+
+    @property
+    def origins(self) -> Origins:
+        return Origins(n_streams=self.n_streams)
 
     def _load(self, first_row: int) -> Batch:
         row_B = np.arange(first_row, first_row + self.layout.local_batch_size)

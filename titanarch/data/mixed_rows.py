@@ -50,6 +50,10 @@ class MixedRows(RunRows):
     def skipped(self) -> SkipCounts:
         return count(skip for source in self.sources for skip in source.data.meta.skipped)
 
+    @property
+    def source_windows(self) -> dict[str, int]:
+        return {name: rows.n_windows for name, rows in zip(self.config.names, self.sources, strict=True)}
+
     def passes(self, end_row: int) -> list[Passes]:
         sizes = [rows.n_windows for rows in self.sources]
         once = [n if source.at_end != "repeat" else math.inf for n, source in zip(sizes, self.config.sources, strict=True)]
@@ -91,8 +95,8 @@ class MixedRows(RunRows):
         """``rows`` of the sources as the rows from ``first_row`` on."""
         places = [np.flatnonzero(rows.source_N == i) for i in range(len(self.sources))]
         read = [
-            (place_N, source.read_as(int(rows.index_N[place_N[0]]), first_row + place_N))
-            for place_N, source in zip(places, self.sources, strict=True)
+            (place_N, source.read_as(int(rows.index_N[place_N[0]]), first_row + place_N, source=i))
+            for i, (place_N, source) in enumerate(zip(places, self.sources, strict=True))
             if len(place_N)
         ]
         return interleaved(read, np.arange(first_row, first_row + len(rows.source_N)))
@@ -111,7 +115,18 @@ def interleaved(parts: Sequence[tuple[np.ndarray, Windows]], row_B: np.ndarray) 
     column_E = np.concatenate([windows.start_column_E for _, windows in parts])
     order_E = np.argsort(row_E, kind="stable")
     padded = bool((real_B < n_columns).any())
-    return Windows(tokens_BS, row_E[order_E], column_E[order_E], row_B, real_B if padded else None)
+    return Windows(tokens_BS, row_E[order_E], column_E[order_E], row_B, real_B if padded else None, _origins(parts, len(row_B)))
+
+
+def _origins(parts: Sequence[tuple[np.ndarray, Windows]], n_rows: int) -> np.ndarray | None:
+    """Where the rows of ``parts`` come from, in their places; None where they do not say."""
+    origins = [(place_N, windows.origin_BI) for place_N, windows in parts if windows.origin_BI is not None]
+    if len(origins) < len(parts):
+        return None
+    origin_BI = np.empty((n_rows, origins[0][1].shape[1]), dtype=np.int64)
+    for place_N, origin_NI in origins:
+        origin_BI[place_N] = origin_NI
+    return origin_BI
 
 
 def mixture_order(config: MixtureConfig, sizes: Sequence[tuple[int, float]]) -> MixtureOrder:

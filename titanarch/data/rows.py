@@ -34,6 +34,11 @@ class RunRows(ABC):
     def read(self, first_row: int, n_rows: int) -> Windows:
         """Rows ``first_row`` to ``first_row + n_rows``."""
 
+    @property
+    @abstractmethod
+    def source_windows(self) -> dict[str, int]:
+        """Windows of each source, by its name; one source alone is named ""."""
+
     @abstractmethod
     def passes(self, end_row: int) -> list[Passes]:
         """How much of each source the rows before ``end_row`` take; known beforehand, in a mixture to within a few rows."""
@@ -98,6 +103,10 @@ class IndexedRows(RunRows):
     def skipped(self) -> SkipCounts:
         return count(self.data.meta.skipped)
 
+    @property
+    def source_windows(self) -> dict[str, int]:
+        return {"": self.n_windows}
+
     def passes(self, end_row: int) -> list[Passes]:
         return [Passes("", end_row / self.n_windows, self.data.n_tokens)]
 
@@ -127,12 +136,15 @@ class IndexedRows(RunRows):
     def read(self, first_row: int, n_rows: int) -> Windows:
         return self.read_as(first_row, np.arange(first_row, first_row + n_rows))
 
-    def read_as(self, first_row: int, row_B: np.ndarray) -> Windows:
-        """As many rows as ``row_B`` has numbers, from ``first_row`` on, under the numbers ``row_B``."""
+    def read_as(self, first_row: int, row_B: np.ndarray, *, source: int = 0) -> Windows:
+        """As many rows as ``row_B`` has numbers, from ``first_row`` on, under the numbers ``row_B``; ``source``: which one this is."""
         window_B = self.windows(first_row, len(row_B))
         if self._plan is None:
-            return read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len)
-        return read_planned(self.data, self._plan, window_B, row_B=row_B, seq_len=self.seq_len)
+            read = read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len)
+        else:
+            read = read_planned(self.data, self._plan, window_B, row_B=row_B, seq_len=self.seq_len)
+        epoch_B = np.arange(first_row, first_row + len(row_B)) // self.n_windows
+        return read._replace(origin_BI=np.stack([np.full_like(window_B, source), epoch_B, window_B], axis=1))
 
 
 def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:

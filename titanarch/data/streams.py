@@ -50,12 +50,13 @@ class Cursor:
 
 class StreamRow(NamedTuple):
     """One row: tokens int64 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
-    how many of the tokens are real, and what its reader has passed over so far."""
+    how many of the tokens are real, the stream's cursor before it, and what its reader has passed over so far."""
 
     tokens: np.ndarray
     starts: np.ndarray
     cursor: Cursor
     real: int
+    before: Cursor
     skipped: SkipCounts
 
 
@@ -95,11 +96,12 @@ class _Aside:
 class _Stream:
     """A stream: the document it goes on with, its tokens at hand, and texts put aside.
 
-    ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place, tokens), the first one begun at
-    ``skip``. A place is a Record that the Shuffle made.
+    ``at``: its cursor after the last row. ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place,
+    tokens), the first one begun at ``skip``. A place is a Record that the Shuffle made.
     """
 
     begin: Cursor
+    at: Cursor
     skip: int
     waiting: deque[tuple[int, Record, bytes | tuple[int, int]]]
     tokenized: deque[tuple[int, Record, np.ndarray]]
@@ -132,7 +134,7 @@ class StreamReader:
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
         self._end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
         begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
-        self._state = {stream: _Stream(begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
+        self._state = {stream: _Stream(begin, begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
         self._aside = _Aside()
         self._scan: Iterator[tuple[int, Record, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
 
@@ -202,7 +204,8 @@ class StreamReader:
         self._advance(stream)
         epoch, place, _ = stream.tokenized[0]
         cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted, self._skipped())
+        before, stream.at = stream.at, cursor
+        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted, before, self._skipped())
 
     def _padded_row(self, stream: _Stream) -> StreamRow:
         """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
@@ -217,7 +220,8 @@ class StreamReader:
         row[:real] = tokens[:real]
         stream.skip = len(tokens)
         starts = np.array([real] if real <= self._seq_len else [], dtype=np.int64)
-        return StreamRow(row, starts, Cursor(epoch, place.number, *place.position, skip=stream.skip), real, self._skipped())
+        before, stream.at = stream.at, Cursor(epoch, place.number, *place.position, skip=stream.skip)
+        return StreamRow(row, starts, stream.at, real, before, self._skipped())
 
     def _skipped(self) -> SkipCounts:
         return count(self._source.source.skips.files)
@@ -239,4 +243,9 @@ def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
         np.concatenate([row.starts for row in rows]),
         row_B,
         real_B if (real_B < tokens_BS.shape[1]).any() else None,
+        np.array([[*_place(row.before), *_place(row.cursor)] for row in rows], dtype=np.int64),
     )
+
+
+def _place(cursor: Cursor) -> tuple[int, int, int]:
+    return cursor.epoch, cursor.number, cursor.skip

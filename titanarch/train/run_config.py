@@ -28,6 +28,13 @@ class JobConfig(Section, identity=False):
     dump_folder: str = Field(description="folder of the run; the same command with the same folder resumes it", min_length=1)
     description: str = Field("", description="what the run is for, in a sentence")
 
+    @model_validator(mode="after")
+    def _is_a_folder(self) -> "JobConfig":
+        if "://" in self.dump_folder:
+            reason = "a run is locked and appended to, so its folder is of this machine or of a file system that it mounts"
+            raise ValueError(f"dump_folder: {reason}; give such a folder, and put checkpoints on the URL with checkpoint.folder")
+        return self
+
 
 class TrainingConfig(Section):
     """[training]: how much is trained, in what batches and precision. Exactly one of steps, tokens, minutes is given."""

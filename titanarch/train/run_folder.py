@@ -10,83 +10,27 @@
     metrics.jsonl          one object a logged step; metrics.discarded.jsonl: rows of steps that were run again
     checkpoints/           one folder a checkpoint
     reports/               one file a step whose gradient was bad
+    ledger/                which rows each step was fed, where data.ledger is on
     hangs/                 stacks of processes in a step that hung; heartbeat.json: the last step done
     result.json            only of a finished run; result.previous.json: of an end that training went on from
 
 Only process 0 starts a folder; what stands above training reads these files and nothing else.
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
-import socket
-import warnings
 from collections.abc import Collection, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from titanarch.config.errors import ConfigError, Problem, shown
 from titanarch.train.metrics.files import atomic_write, json_ready, read_json, write_json, writing
 from titanarch.train.metrics.jsonl import METRICS_FILE
 from titanarch.train.metrics.rows import Trimmed, trim_rows
+from titanarch.train.run_lock import RunLock
 
 _ABSENT = object()
-_held_locks: "WeakSet[RunLock]" = WeakSet()
-
-
-class RunLock:
-    """The right to write in a run folder, for the life of this process (``flock``: a kill gives it back)."""
-
-    def __init__(self, path: Path) -> None:
-        """Take the lock. Raises ConfigError naming the owner when another live process has it."""
-        self._path = path
-        with writing(path):
-            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(self._descriptor, 1000).decode(errors="replace").strip()
-            self._close()
-            raise ConfigError(
-                f"{path.parent} is in use by {owner or 'another process'}; wait for it or stop it, or choose another job.dump_folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                self._close()
-                raise
-            warnings.warn(f"{path.parent}: this file system has no locks, so a second run in it is not noticed", stacklevel=2)
-        with writing(path):
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        _close_locks_in_children()
-        _held_locks.add(self)
-
-    def release(self) -> None:
-        """Give the lock back; a second call does nothing. The file stays: removing it would race with the next owner."""
-        if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-        self._close()
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _close_in_child() -> None:
-    for lock in list(_held_locks):
-        lock._close()
-    _held_locks.clear()
-
-
-@cache
-def _close_locks_in_children() -> None:
-    """A forked data worker has a copy of the descriptor, and would keep the lock after its parent was killed."""
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunFolder:

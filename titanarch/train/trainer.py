@@ -12,6 +12,7 @@ from titanarch.config.dump import dump_toml, to_table
 from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Batch
 from titanarch.data.fixed import FixedBatches, fixed_batches
+from titanarch.data.ledger import Ledger, LedgerHeader
 from titanarch.data.loader import build_loader
 from titanarch.data.sources import Split
 from titanarch.data.tokenizers import build_tokenizer
@@ -108,6 +109,7 @@ class Trainer:
         )
         self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.validation_sets = self._validation_sets()
+        self.ledger: Ledger | None = None
 
     @property
     def rows_at_once(self) -> int:
@@ -122,6 +124,9 @@ class Trainer:
             stack.callback(self.loader.close)
             stack.enter_context(self.processes.watch.explained())  # before the others are waited for in what closes
             first_step = self._resume()
+            if self.config.data.ledger:
+                self.ledger = self._open_ledger()
+                stack.callback(self.ledger.close)
             self.budget.start(self.progress.step, self.progress.tokens)
             finished = self.folder.read_result() if self.budget.done else None
             if finished is not None:
@@ -169,7 +174,10 @@ class Trainer:
             self.watchdog.begin(step)
             self.checkpointer.maybe_wait()
             self._log_saved()
-            outcome = self.train_step(step, self.draw(batches))
+            drawn = self.draw(batches)
+            outcome = self.train_step(step, drawn)
+            if self.ledger is not None:
+                self.ledger.step(step, drawn, made=outcome.is_made)
             bad = self.guard.bad
             if bad is not None and bad.action == "roll_back":
                 with self.watchdog.paused():
@@ -237,6 +245,8 @@ class Trainer:
         self.recovery.roll_back(self.state(), self.checkpointer.wait)
         self.budget.load_state_dict(spent)
         self.budget.roll_back(self.progress.step, self.progress.tokens)
+        if self.ledger is not None:
+            self.ledger.rolled_back(self.progress.step)
         self.log.close()
         if self.processes.is_main:
             self._open_log()
@@ -289,6 +299,8 @@ class Trainer:
     def _save(self, losses: dict[str, float], *, last: bool) -> None:
         """``losses``: as ``_validate`` measured them at this step; {} where it did not."""
         self.guard.check()
+        if self.ledger is not None:
+            self.ledger.sync()
         loss = losses.get("validation_loss")
         with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
             state, text = self.state(), dump_toml(self.config)
@@ -305,6 +317,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, or the initial weights; open the sinks. The step that training goes on from."""
+        self.checkpointer.claim()
         loaded = self.checkpointer.load(self.state())
         initial = None if loaded else self.checkpointer.load_initial(self.state())
         step = self.recovery.good_step = self.progress.step
@@ -319,6 +332,22 @@ class Trainer:
         if self.recovery.needs_checkpoint and loaded is None:
             self._save({}, last=False)
         return step
+
+    def _open_ledger(self) -> Ledger:
+        """This process's file of the ledger. Collective: process 0 numbers the starts."""
+        start, degrees = self.checkpointer.processes.from_first(lambda: self.folder.start_number), self.mesh.degrees
+        header = LedgerHeader(
+            start=start,
+            after_step=self.progress.step,
+            process=self.processes.rank,
+            n_processes=self.processes.world_size,
+            data_rank=self.mesh.data_rank,
+            data_parallel=degrees.data_parallel,
+            micro_batch=self.rows_at_once,
+            workers=self.config.data.workers,
+            origins=self.loader.origins,
+        )
+        return Ledger(self.folder.path, header)
 
     def _open_log(self) -> Trimmed:
         """Set the rows of later steps aside, and open the sinks. On process 0."""
