@@ -150,7 +150,7 @@ def test_rows_that_do_not_divide(config: DataConfig) -> None:
 
 def test_state_of_other_data_is_refused(config: DataConfig, tmp_path: Path) -> None:
     _, state = run_steps(config, None, steps=1, rows=ROWS, local=ROWS, degree=1)
-    with pytest.raises(ConfigError, match="the checkpoint stands at row 12 of 16 tokens"):
+    with pytest.raises(ConfigError, match="the checkpoint stands after 12 rows of 16 tokens"):
         loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=8).load_state_dict(state)
     write_jsonl(tmp_path / "a.jsonl", [*TEXTS[1:], "another document"])
     with pytest.raises(ConfigError, match="the training data have changed"):
