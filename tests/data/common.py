@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from titanarch.data.batch import Batch
 from titanarch.data.config import DataConfig
 from titanarch.data.loader import RowLoader, build_loader, merge_states
+from titanarch.data.phases import Phase
 from titanarch.data.tokenizers import build_tokenizer
 
 WORDS = ["the", "of", "and", "to", "in", "that", "it", "was", "his", "with", "as", "for", "had", "you", "not", "which", "have"]
@@ -31,7 +32,17 @@ def data_config(cache: Path, **table: Any) -> DataConfig:
     return DataConfig.model_validate({"cache_dir": str(cache), "tokenizer": "bytes", **table})
 
 
-def loader_of(config: DataConfig, *, rows: int, local: int, rank: int, degree: int, seq_len: int = 16, seed: int = 3) -> RowLoader:
+def loader_of(
+    config: DataConfig,
+    *,
+    rows: int,
+    local: int,
+    rank: int,
+    degree: int,
+    seq_len: int = 16,
+    seed: int = 3,
+    earlier: Sequence[Phase] = (),
+) -> RowLoader:
     tokenizer = build_tokenizer(config.tokenizer)
     return build_loader(
         config,
@@ -42,6 +53,7 @@ def loader_of(config: DataConfig, *, rows: int, local: int, rank: int, degree: i
         dp_rank=rank,
         dp_degree=degree,
         seed=seed,
+        earlier=earlier,
     )
 
 
@@ -59,10 +71,11 @@ def run_steps(config: DataConfig, state: dict[str, Any] | None, *, steps: int, r
     for loader in loaders:
         if state is not None:
             loader.load_state_dict(json.loads(json.dumps(state)))
-        for _ in range(steps * loader.accumulation_steps):
-            for row, whole in content(next(loader)):
-                assert row not in seen, f"row {row} was handed out twice"
-                seen[row] = whole
+        for _ in range(steps):
+            for _ in range(loader.accumulation_steps):
+                for row, whole in content(next(loader)):
+                    assert row not in seen, f"row {row} was handed out twice"
+                    seen[row] = whole
     merged = merge_states([loader.state_dict() for loader in loaders])
     for loader in loaders:
         loader.close()

@@ -117,7 +117,7 @@ def test_epochs_are_counted(config: DataConfig) -> None:
         epochs.append(loader.epoch)
         next(loader)
     if config.mode == "indexed":
-        n_windows = loader.rows_per_epoch
+        n_windows = loader.rows.n_windows
         assert n_windows == (len(tokens) - 1) // SEQ_LEN
         assert epochs == [step * ROWS // n_windows for step in range(len(epochs))]
     else:
@@ -150,7 +150,7 @@ def test_rows_that_do_not_divide(config: DataConfig) -> None:
 
 def test_state_of_other_data_is_refused(config: DataConfig, tmp_path: Path) -> None:
     _, state = run_steps(config, None, steps=1, rows=ROWS, local=ROWS, degree=1)
-    with pytest.raises(ConfigError, match="the checkpoint stands at row 12 of 16 tokens"):
+    with pytest.raises(ConfigError, match="the checkpoint stands after 12 rows of 16 tokens"):
         loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=8).load_state_dict(state)
     write_jsonl(tmp_path / "a.jsonl", [*TEXTS[1:], "another document"])
     with pytest.raises(ConfigError, match="the training data have changed"):

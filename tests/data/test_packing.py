@@ -90,7 +90,7 @@ def test_an_epoch_has_the_rows_of_a_plain_loop_once(kind: packing.Packing, confi
     seen, _ = run_steps(config, None, steps=n_steps, rows=ROWS, local=ROWS, degree=1, seq_len=SEQ_LEN)
     for epoch in range(2):
         assert Counter(seen[epoch * len(expected) + i] for i in range(len(expected))) == Counter(expected)
-    assert loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=SEQ_LEN).rows_per_epoch == len(expected)
+    assert loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=SEQ_LEN).rows.n_windows == len(expected)
     assert [seen[i] for i in range(len(expected))] != [seen[len(expected) + i] for i in range(len(expected))]
 
 
@@ -118,7 +118,7 @@ def test_counts(kind: packing.Packing, config: DataConfig) -> None:
     data = documents(config, "train", build_tokenizer(config.tokenizer))
     made = packing.counts(kind, data.starts, seq_len=SEQ_LEN)
     labels = np.concatenate([next(loader).labels_BT.numpy() for _ in range(made.rows)])
-    assert (made.rows, made.places, made.documents) == (loader.rows_per_epoch, labels.size, len(TEXTS))
+    assert (made.rows, made.places, made.documents) == (loader.rows.n_windows, labels.size, len(TEXTS))
     assert made.targets == (labels != -100).sum()
     begins = np.cumsum([0, *map(len, TOKENS)])[:-1].tolist()
     if kind == "concat":

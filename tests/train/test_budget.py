@@ -3,6 +3,7 @@
 import pytest
 
 from titanarch.config.errors import ConfigError
+from titanarch.data.phases import Phase, Phases
 from titanarch.train.budget import Budget, StepBudget, Stopwatch, TimeBudget, TokenBudget, build_budget
 
 
@@ -25,8 +26,13 @@ def walk(budget: Budget, n_steps: int, tokens_per_step: int = 0) -> list[tuple[f
     return found
 
 
+def steps_of(n_tokens: int) -> Phases:
+    """Steps of one row of so many tokens."""
+    return Phases.of([Phase(n_tokens, 1, 1)])
+
+
 def test_steps() -> None:
-    budget = build_budget(steps=4, tokens=None, minutes=None, tokens_per_step=7)
+    budget = build_budget(steps=4, tokens=None, minutes=None, phases=steps_of(7))
     assert isinstance(budget, StepBudget)
     assert walk(budget, 5, 7) == [(0.0, False), (0.25, False), (0.5, False), (0.75, False), (1.0, True), (1.0, True)]
     assert budget.total_steps == 4
@@ -34,19 +40,19 @@ def test_steps() -> None:
 
 
 def test_tokens_round_up_to_whole_steps() -> None:
-    budget = build_budget(steps=None, tokens=100, minutes=None, tokens_per_step=30)
+    budget = build_budget(steps=None, tokens=100, minutes=None, phases=steps_of(30))
     assert isinstance(budget, TokenBudget)
     assert walk(budget, 4, 30) == [(0.0, False), (0.3, False), (0.6, False), (0.9, False), (1.0, True)]
     assert budget.total_steps == 4
     assert budget.fraction_after(2) == 0.6
-    changing = build_budget(steps=None, tokens=100, minutes=None, tokens_per_step=None)
-    assert changing.total_steps is None
-    assert changing.fraction_after(2) is None
+    changing = build_budget(steps=None, tokens=100, minutes=None, phases=Phases.of([Phase(5, 2, 2, 3), Phase(10, 3, 3)]))
+    assert changing.total_steps == 3 + 3
+    assert [changing.fraction_after(n) for n in (2, 4, 6)] == [0.2, 0.6, 1.2]
 
 
 def test_minutes_count_training_time_over_all_starts() -> None:
     clock = Clock()
-    budget = build_budget(steps=None, tokens=None, minutes=1.0, tokens_per_step=7, stopwatch=Stopwatch(clock))
+    budget = build_budget(steps=None, tokens=None, minutes=1.0, phases=steps_of(7), stopwatch=Stopwatch(clock))
     assert isinstance(budget, TimeBudget)
     assert budget.total_steps is None
     assert budget.fraction_after(3) is None
@@ -64,7 +70,7 @@ def test_minutes_count_training_time_over_all_starts() -> None:
     assert saved == {"elapsed_seconds": 33.0}
 
     clock.now += 9999  # the run was down
-    resumed = build_budget(steps=None, tokens=None, minutes=1.0, tokens_per_step=7, stopwatch=Stopwatch(clock))
+    resumed = build_budget(steps=None, tokens=None, minutes=1.0, phases=steps_of(7), stopwatch=Stopwatch(clock))
     resumed.load_state_dict(saved)
     resumed.start(2, 14)
     assert resumed.fraction == pytest.approx(33 / 60)
@@ -98,4 +104,4 @@ def test_a_state_may_be_loaded_while_the_stopwatch_runs() -> None:
 )
 def test_wrong_budgets(given: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_budget(**{"steps": None, "tokens": None, "minutes": None, **given}, tokens_per_step=7)  # type: ignore[arg-type]
+        build_budget(**{"steps": None, "tokens": None, "minutes": None, **given}, phases=steps_of(7))  # type: ignore[arg-type]

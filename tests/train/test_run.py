@@ -128,3 +128,18 @@ def test_many_epochs_want_leave(folder: Path) -> None:
     epochs = json.loads((folder / "repeating" / "result.json").read_text())["epochs"]
     assert epochs > 4
     assert f"epochs planned: {epochs:.2f} epochs (" in allowed.stderr + allowed.stdout
+
+
+def test_phases_of_other_lengths_and_batches(folder: Path) -> None:
+    """Rows get longer and batches smaller on the way; neither two processes nor a kill change the losses."""
+    phases = "--training.phases=[{steps = 4, seq_len = 8, global_batch_size = 16}, {steps = 3, seq_len = 16, global_batch_size = 8}]"
+    options = (phases, "--training.global_batch_size=6", "--training.steps=12", "--checkpoint.interval=2")
+    train(write_config(folder, "phases", folder / "cache"), *options)
+    expected = losses(folder / "phases")
+    tokens = [row["tokens"] for row in rows(folder / "phases") if "loss" in row]
+    assert tokens == [*range(128, 7 * 128 + 1, 128), *range(7 * 128 + 192, 7 * 128 + 5 * 192 + 1, 192)]
+    assert json.loads((folder / "phases" / "result.json").read_text())["tokens"] == tokens[-1]
+    killed = write_config(folder, "killed in a phase", folder / "cache")
+    train_and_kill(killed, folder / "killed in a phase", 5, *options)
+    train(killed, *options, n_processes=2)
+    assert losses(folder / "killed in a phase") == pytest.approx(expected, rel=1e-5)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from titanarch.config.errors import ConfigError
+from titanarch.data.phases import Phase, Phases
 from titanarch.train.budget import Budget, StepBudget, Stopwatch, TimeBudget, TokenBudget
 from titanarch.train.schedules import SCHEDULES, ConstantConfig, CosineConfig, LinearConfig, SchedulerConfig, WSDConfig, build_schedule
 
@@ -83,13 +84,17 @@ def test_warmup_fraction_is_warmup_steps(config: type[SchedulerConfig]) -> None:
     assert factors(config(warmup_fraction=WARMUP / N_STEPS)) == factors(config(warmup_steps=WARMUP))
 
 
+def steps_of(n_tokens: int) -> Phases:
+    return Phases.of([Phase(n_tokens, 1, 1)])
+
+
 @pytest.mark.parametrize("config", [LinearConfig(warmup_steps=4), CosineConfig(warmup_steps=4), WSDConfig(warmup_fraction=0.08)])
 def test_token_budget_follows_the_elapsed_fraction(config: SchedulerConfig) -> None:
     """50 steps of 20 tokens are 1,000 tokens; 990 tokens take 50 steps too, and the last one overshoots."""
     by_steps = factors(config)
-    exact = build_schedule(config, TokenBudget(1000, Stopwatch(), tokens_per_step=20))
+    exact = build_schedule(config, TokenBudget(1000, Stopwatch(), phases=steps_of(20)))
     assert [exact.factor(s, 20 * s / 1000) for s in range(N_STEPS)] == pytest.approx(by_steps, abs=1e-12)
-    short = TokenBudget(990, Stopwatch(), tokens_per_step=20)
+    short = TokenBudget(990, Stopwatch(), phases=steps_of(20))
     assert short.total_steps == N_STEPS
     if isinstance(config, LinearConfig):
         linear = build_schedule(config, short)

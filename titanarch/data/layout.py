@@ -1,14 +1,17 @@
 """Which rows of the run each data-parallel rank takes at each step."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from titanarch.config.errors import ConfigError, Problem
+from titanarch.data.phases import Phases
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Step s of G rows is rows s * G to s * G + G - 1 of the run. In micro-batch m, rank r holds rows
-    s * G + (m * dp_degree + r) * b + [0, b), with b = ``local_batch_size``.
+    """Step s of G rows is rows F + s * G to F + s * G + G - 1 of the run. In micro-batch m, rank r holds rows
+    F + s * G + (m * dp_degree + r) * b + [0, b), with b = ``local_batch_size`` and F = ``first_row_of_step_0``, which is 0 but
+    for the later phases of a run.
 
     Raises ConfigError where G is no multiple of b * dp_degree.
     """
@@ -17,6 +20,7 @@ class RowLayout:
     local_batch_size: int
     dp_rank: int
     dp_degree: int
+    first_row_of_step_0: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.dp_rank < self.dp_degree, "ranks count from 0"
@@ -37,10 +41,49 @@ class RowLayout:
 
     def first_row(self, step: int, micro_batch: int) -> int:
         """The first of the rows of a micro-batch of this rank."""
-        return step * self.global_batch_size + (micro_batch * self.dp_degree + self.dp_rank) * self.local_batch_size
+        before = (micro_batch * self.dp_degree + self.dp_rank) * self.local_batch_size
+        return self.first_row_of_step_0 + step * self.global_batch_size + before
 
     def streams(self, n_streams: int) -> list[int]:
         """The streams (row number mod ``n_streams``) of this rank, in the order of its rows; a multiple of G of them."""
         steps = n_streams // self.global_batch_size
         firsts = [self.first_row(step, m) for step in range(steps) for m in range(self.accumulation_steps)]
-        return [first + i for first in firsts for i in range(self.local_batch_size)]
+        return [(first + i) % n_streams for first in firsts for i in range(self.local_batch_size)]
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The rows of a data-parallel rank through the phases of a run. Raises ConfigError where those of a phase do not divide."""
+
+    phases: Phases
+    dp_rank: int
+    dp_degree: int
+
+    def __post_init__(self) -> None:
+        assert self._layouts, "made here, so that what is wrong is told at once"
+
+    @cached_property
+    def _layouts(self) -> list[RowLayout]:
+        return [
+            RowLayout(
+                phase.global_batch_size,
+                phase.local_batch_size,
+                self.dp_rank,
+                self.dp_degree,
+                phase.first_row - phase.first_step * phase.global_batch_size,
+            )
+            for phase in self.phases.parts
+        ]
+
+    def at_step(self, step: int) -> RowLayout:
+        """That of the phase of a step."""
+        return self._layouts[self.phases.parts.index(self.phases.at_step(step))]
+
+    def streams(self, n_streams: int) -> list[int]:
+        """The streams of this rank, in ascending order. ConfigError where they are not those of every phase."""
+        owned = {tuple(sorted(layout.streams(n_streams))) for layout in self._layouts}
+        if len(owned) > 1:
+            message = f"the rows of streams would move between the {self.dp_degree} data-parallel ranks where the batch changes"
+            remedy = "give all phases the same global_batch_size and local_batch_size, or use indexed data"
+            raise ConfigError(Problem(f"{message}: {remedy}", "training.phases"))
+        return list(owned.pop())

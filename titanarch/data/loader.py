@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from titanarch.data.batch import Batch, make_batch
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.files import samples_checksum
-from titanarch.data.layout import RowLayout
+from titanarch.data.layout import RowLayout, RunLayout
 from titanarch.data.ledger import Origins
 from titanarch.data.mixed_rows import training_rows
+from titanarch.data.phases import Phase, Phases
 from titanarch.data.repeats import MOST_EPOCHS, Passes, repeated
 from titanarch.data.rows import RunRows
 from titanarch.data.shuffle import Shuffle
@@ -33,13 +35,24 @@ class RowLoader(ABC, Iterator[Batch]):
     into one that any layout loads.
     """
 
-    def __init__(self, layout: RowLayout, *, seq_len: int, fingerprint: str, start_row: int) -> None:
-        if start_row % layout.global_batch_size:
-            raise ValueError(f"row {start_row} does not begin a step of {layout.global_batch_size} rows")
-        self.layout = layout
-        self.seq_len = seq_len
+    def __init__(self, layouts: RunLayout, *, fingerprint: str, start_row: int) -> None:
+        self.layouts = layouts
         self._fingerprint = fingerprint
-        self._step, self._micro_batch = start_row // layout.global_batch_size, 0
+        self._step, self._micro_batch = layouts.phases.step_of(start_row), 0
+
+    @property
+    def phases(self) -> Phases:
+        return self.layouts.phases
+
+    @property
+    def phase(self) -> Phase:
+        """Of the step that comes next or is under way."""
+        return self.phases.at_step(self._step)
+
+    @property
+    def layout(self) -> RowLayout:
+        """Of the step that comes next or is under way."""
+        return self.layouts.at_step(self._step)
 
     @property
     def accumulation_steps(self) -> int:
@@ -48,17 +61,12 @@ class RowLoader(ABC, Iterator[Batch]):
     @property
     def next_row(self) -> int:
         """The first row of the step that comes next or is under way."""
-        return self._step * self.layout.global_batch_size
+        return self.phases.rows_before(self._step)
 
     @property
     @abstractmethod
     def epoch(self) -> int:
         """Whole passes over the training data that are behind."""
-
-    @property
-    @abstractmethod
-    def rows_per_epoch(self) -> int | None:
-        """Rows of a pass over the training data; None where it is not known."""
 
     @property
     @abstractmethod
@@ -90,7 +98,10 @@ class RowLoader(ABC, Iterator[Batch]):
         batch = self._load(self.layout.first_row(self._step, self._micro_batch))
         self._micro_batch += 1
         if self._micro_batch == self.accumulation_steps:
+            before = self.phase
             self._step, self._micro_batch = self._step + 1, 0
+            if self.phase is not before:
+                self.close()
         return batch
 
     @abstractmethod
@@ -106,18 +117,20 @@ class RowLoader(ABC, Iterator[Batch]):
         if self._micro_batch:
             done = f"{self._micro_batch} of {self.accumulation_steps} micro-batches"
             raise RuntimeError(f"the data state was asked for inside a step, after {done}")
-        return {"data": self._fingerprint, "phases": [[self.seq_len, self.next_row]]}
+        return {"data": self._fingerprint, "phases": self.phases.state(self.next_row)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises DataError where it belongs to other data or another row length."""
         if state["data"] != self._fingerprint:
             raise data_error("the training data have changed since the checkpoint: restore them, or start another run", key="data")
-        ((length, rows),) = state["phases"]
-        if length != self.seq_len or rows % self.layout.global_batch_size:
-            message = f"the checkpoint stands at row {rows} of {length} tokens; the run has {self.layout.global_batch_size} rows"
-            raise data_error(f"{message} of {self.seq_len} tokens a step", key="training.seq_len")
+        row = sum(rows for _, rows in state["phases"])
+        phase = self.phases.at_row(row)
+        if self.phases.state(row) != state["phases"] or (row - phase.first_row) % phase.global_batch_size:
+            seen = " and ".join(f"{rows} rows of {length} tokens" for length, rows in state["phases"])
+            message = f"the checkpoint stands after {seen}; from row {phase.first_row} on the run has {phase.global_batch_size} rows"
+            raise data_error(f"{message} of {phase.seq_len} tokens a step", key="training.seq_len")
         self.close()
-        self._step, self._micro_batch = rows // self.layout.global_batch_size, 0
+        self._step, self._micro_batch = self.phases.step_of(row), 0
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,8 +147,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class IndexedLoader(RowLoader):
     """Rows of tokenized data in a seeded order, a new one each epoch, or of several such data."""
 
-    def __init__(self, rows: RunRows, layout: RowLayout, *, n_workers: int, start_row: int) -> None:
-        super().__init__(layout, seq_len=rows.seq_len, fingerprint=rows.fingerprint, start_row=start_row)
+    def __init__(self, rows: RunRows, layouts: RunLayout, *, n_workers: int, start_row: int) -> None:
+        super().__init__(layouts, fingerprint=rows.fingerprint, start_row=start_row)
         self.rows = rows
         self._n_workers = n_workers
         self._workers: IndexedWorkers | None = None
@@ -143,10 +156,6 @@ class IndexedLoader(RowLoader):
     @property
     def epoch(self) -> int:
         return self.rows.epoch(self.next_row)
-
-    @property
-    def rows_per_epoch(self) -> int | None:
-        return self.rows.rows_per_epoch
 
     @property
     def origins(self) -> Origins:
@@ -178,8 +187,10 @@ class IndexedLoader(RowLoader):
         if self._n_workers == 0:
             return make_batch(self.rows.read(first_row, self.layout.local_batch_size))
         if self._workers is None:
+            phase = self.phase
+            until = None if phase.n_steps is None else phase.first_step + phase.n_steps
             self._workers = IndexedWorkers(
-                self.rows, self.layout, step=self._step, micro_batch=self._micro_batch, n_workers=self._n_workers
+                self.rows, self.layout, step=self._step, micro_batch=self._micro_batch, until_step=until, n_workers=self._n_workers
             )
         return make_batch(self._workers.next())
 
@@ -193,22 +204,23 @@ class StreamedLoader(RowLoader):
     """Rows of R streams, tokenized on the fly: row k is the next row of stream k mod R.
 
     The state holds the cursor of every stream of this rank. Raises ConfigError where R is no multiple of the global
-    batch, or there are more workers than streams, and when the fifth epoch begins unless ``data.allow_repeat``.
+    batch of every phase, or there are more workers than streams, and when the fifth epoch begins unless ``data.allow_repeat``.
     """
 
     def __init__(
-        self, source: SplitSource, tokenizer: Tokenizer, layout: RowLayout, *, seq_len: int, config: DataConfig, seed: int, start_row: int
+        self, source: SplitSource, tokenizer: Tokenizer, layouts: RunLayout, *, config: DataConfig, seed: int, start_row: int
     ) -> None:
-        self.n_streams, n_workers = config.streams or layout.global_batch_size, config.workers
-        if self.n_streams % layout.global_batch_size:
-            message = f"{self.n_streams} streams are no multiple of the {layout.global_batch_size} rows of a global batch"
+        batches = [phase.global_batch_size for phase in layouts.phases.parts]
+        self.n_streams, n_workers = config.streams or lcm(*batches), config.workers
+        for rows in (rows for rows in batches if self.n_streams % rows):
+            message = f"{self.n_streams} streams are no multiple of the {rows} rows of a global batch"
             raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", key="data.streams"))
         if start_row:
             raise ValueError("streams begin at row 0 or where a saved state left them")
-        super().__init__(layout, seq_len=seq_len, fingerprint=source.content_name(tokenizer), start_row=0)
+        super().__init__(layouts, fingerprint=source.content_name(tokenizer), start_row=0)
         self._source, self._tokenizer = source, tokenizer
         self._packing, self._shuffle = config.packing, Shuffle(config.shuffle_documents, seed)
-        self._streams = layout.streams(self.n_streams)
+        self._streams = layouts.streams(self.n_streams)
         if n_workers > len(self._streams):
             message = f"{n_workers} workers are more than the {len(self._streams)} streams of a rank: give at most as many"
             raise ConfigError(Problem(message, key="data.workers"))
@@ -220,10 +232,6 @@ class StreamedLoader(RowLoader):
     @property
     def epoch(self) -> int:
         return min(cursor.epoch for cursor in self._cursors.values())
-
-    @property
-    def rows_per_epoch(self) -> None:
-        return None
 
     @property
     def skipped(self) -> SkipCounts:
@@ -249,12 +257,13 @@ class StreamedLoader(RowLoader):
         return row
 
     def _open(self) -> StreamReader | StreamWorkers:
-        first = self._streams.index(self.layout.first_row(self._step, self._micro_batch) % self.n_streams)
-        in_order = self._streams[first:] + self._streams[:first]
+        own = self.layout.streams(self.n_streams)  # in the order of the rows
+        first = own.index(self.layout.first_row(self._step, self._micro_batch) % self.n_streams)
+        in_order = own[first:] + own[:first]
         reader = StreamReader(
             self._source,
             self._tokenizer,
-            seq_len=self.seq_len,
+            seq_len=self.phase.seq_len,
             n_streams=self.n_streams,
             streams=in_order,
             cursors=self._cursors,
@@ -301,16 +310,19 @@ def build_loader(
     dp_degree: int,
     seed: int,
     start_row: int = 0,
+    earlier: Sequence[Phase] = (),
 ) -> RowLoader:
     """The training loader of one data-parallel rank.
 
     ``seq_len``: tokens a row. Batch sizes are in rows. ``seed`` orders the rows. ``start_row`` begins a step; streams
-    start elsewhere than at 0 by ``load_state_dict`` alone. The first call for a text source in indexed mode tokenizes
-    it into the cache while other processes wait. Raises ConfigError, and DataError for what is wrong with the data.
+    start elsewhere than at 0 by ``load_state_dict`` alone. ``earlier``: phases before that of these sizes. The
+    first call for a text source in indexed mode tokenizes it into the cache while other processes wait. Raises ConfigError,
+    and DataError for what is wrong with the data.
     """
-    layout = RowLayout(global_batch_size, local_batch_size, dp_rank, dp_degree)
+    phases = Phases.of([*earlier, Phase(seq_len, global_batch_size, local_batch_size)])
+    layouts = RunLayout(phases, dp_rank, dp_degree)
     if config.mode == "indexed":
-        rows = training_rows(config, tokenizer, seq_len=seq_len, seed=seed)
-        return IndexedLoader(rows, layout, n_workers=config.workers, start_row=start_row)
+        rows = training_rows(config, tokenizer, seq_len=seq_len, seed=seed, phases=phases)
+        return IndexedLoader(rows, layouts, n_workers=config.workers, start_row=start_row)
     source = SplitSource(config, "train")
-    return StreamedLoader(source, tokenizer, layout, seq_len=seq_len, config=config, seed=seed, start_row=start_row)
+    return StreamedLoader(source, tokenizer, layouts, config=config, seed=seed, start_row=start_row)

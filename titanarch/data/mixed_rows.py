@@ -16,6 +16,7 @@ from titanarch.data.config import DataConfig
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixture import MixtureOrder, MixturePlan, Part, Rows
 from titanarch.data.packing import Packing
+from titanarch.data.phases import Phases
 from titanarch.data.repeats import Passes
 from titanarch.data.rows import IndexedRows, RunRows
 from titanarch.data.skips import SkipCounts, count
@@ -32,7 +33,6 @@ class MixedRows(RunRows):
     def __init__(self, config: MixtureConfig, data: Sequence[IndexedData], *, seq_len: int, seed: int, packing: Packing) -> None:
         self.config = config
         self.seq_len = seq_len
-        self.rows_per_epoch = None
         self.sources: list[IndexedRows] = []
         for name, one in zip(config.names, data, strict=True):
             try:
@@ -141,8 +141,9 @@ def mixture_order(config: MixtureConfig, sizes: Sequence[tuple[int, float]]) -> 
     return MixtureOrder(parts)
 
 
-def training_rows(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int) -> RunRows:
-    """The rows of a run on indexed data, of one source or of a mixture. Raises ConfigError."""
+def training_rows(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int, phases: Phases | None = None) -> RunRows:
+    """The rows of a run on indexed data, of one source or of a mixture; ``phases``: None where all are alike. Raises ConfigError."""
     if isinstance(config.source, MixtureConfig):
         return MixedRows(config.source, open_mixture(config, tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
-    return IndexedRows(open_tokens(config, "train", tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
+    data = open_tokens(config, "train", tokenizer)
+    return IndexedRows(data, seq_len=seq_len, seed=seed, packing=config.packing, phases=phases)

@@ -14,6 +14,8 @@ from titanarch.data.batch import Windows
 from titanarch.data.indexed import IndexedData
 from titanarch.data.packing import Packing, Plan, plan
 from titanarch.data.permutation import Permutation
+from titanarch.data.phased_windows import PhasedWindows
+from titanarch.data.phases import Phases
 from titanarch.data.repeats import Passes
 from titanarch.data.skips import SkipCounts, count
 
@@ -21,18 +23,14 @@ ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a r
 
 
 class RunRows(ABC):
-    """The rows of a run, of ``seq_len`` tokens each. ``fingerprint`` is a hash of the data they come from.
-
-    ``rows_per_epoch``: rows of a pass over the data; None where there is no such number.
-    """
+    """The rows of a run, of at most ``seq_len`` tokens. ``fingerprint`` is a hash of the data they come from."""
 
     seq_len: int
     fingerprint: str
-    rows_per_epoch: int | None
 
     @abstractmethod
     def read(self, first_row: int, n_rows: int) -> Windows:
-        """Rows ``first_row`` to ``first_row + n_rows``."""
+        """Rows ``first_row`` to ``first_row + n_rows``, all of one phase."""
 
     @property
     @abstractmethod
@@ -73,17 +71,19 @@ class IndexedRows(RunRows):
 
     "concat": window w holds tokens w * T to w * T + T of the documents end to end, so the last token of a window, a
     target, is the first of the next. What is left at the end, less than a window, is not trained on. "best_fit" and
-    "padded": window w is row w of the plan of ``packing``. Raises ConfigError where there is no window.
+    "padded": window w is row w of the plan of ``packing``. ``phases`` of shorter rows, for "concat" alone, are as
+    ``PhasedWindows`` has them. Raises ConfigError where there is no window.
     """
 
-    def __init__(self, data: IndexedData, *, seq_len: int, seed: int, packing: Packing) -> None:
+    def __init__(self, data: IndexedData, *, seq_len: int, seed: int, packing: Packing, phases: Phases | None = None) -> None:
         self.data = data
         self.seq_len = seq_len
         self.fingerprint = data.fingerprint
         self._seed = seed
         self._plan = None if packing == "concat" else plan(packing, data.starts, seq_len=seq_len)
         self.n_windows = (data.n_tokens - 1) // seq_len if self._plan is None else self._plan.n_rows
-        self.rows_per_epoch = self.n_windows
+        self._phased = PhasedWindows(phases, self.n_windows) if phases is not None and phases.changes_length else None
+        assert self._phased is None or packing == "concat", "the configuration refuses it"
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         if self.n_windows < 1:
             raise ConfigError(
@@ -108,15 +108,19 @@ class IndexedRows(RunRows):
         return {"": self.n_windows}
 
     def passes(self, end_row: int) -> list[Passes]:
-        return [Passes("", end_row / self.n_windows, self.data.n_tokens)]
+        return [Passes("", self.windows_before(end_row) / self.n_windows, self.data.n_tokens)]
 
     def epoch(self, row: int) -> int:
-        return row // self.n_windows
+        return int(self.windows_before(row) // self.n_windows)
 
-    def windows(self, first_row: int, n_rows: int) -> np.ndarray:
-        """The windows of rows ``first_row`` to ``first_row + n_rows``, int64 [n_rows]."""
+    def windows_before(self, row: int) -> float:
+        """How many windows the rows before ``row`` take."""
+        return row if self._phased is None else self._phased.windows_before(row)
+
+    def windows(self, first_place: int, n_places: int) -> np.ndarray:
+        """The windows at places ``first_place`` to ``first_place + n_places`` of the run's order, int64 [n_places]."""
         parts = []
-        row, end = first_row, first_row + n_rows
+        row, end = first_place, first_place + n_places
         while row < end:
             chunk, place = divmod(row, ORDER_CHUNK)
             part = self._chunk(chunk)[place : place + end - row]
@@ -138,6 +142,11 @@ class IndexedRows(RunRows):
 
     def read_as(self, first_row: int, row_B: np.ndarray, *, source: int = 0) -> Windows:
         """As many rows as ``row_B`` has numbers, from ``first_row`` on, under the numbers ``row_B``; ``source``: which one this is."""
+        if self._phased is not None:
+            spans = self._phased.spans(first_row, len(row_B))
+            (n_parts,) = {span.n_parts for span in spans}
+            window_B = np.concatenate([self.windows(span.place, span.n_rows) * n_parts + span.part for span in spans])
+            return read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len // n_parts)
         window_B = self.windows(first_row, len(row_B))
         if self._plan is None:
             read = read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len)

@@ -33,14 +33,14 @@ def _start_method() -> BaseContext:
 
 
 class _FirstRows(Sampler[int]):
-    """The first row of each micro-batch from one on, for ever."""
+    """The first row of each micro-batch from one on, to step ``until_step`` or for ever."""
 
-    def __init__(self, layout: RowLayout, *, step: int, micro_batch: int) -> None:
-        self._layout, self._step, self._micro_batch = layout, step, micro_batch
+    def __init__(self, layout: RowLayout, *, step: int, micro_batch: int, until_step: int | None) -> None:
+        self._layout, self._step, self._micro_batch, self._until_step = layout, step, micro_batch, until_step
 
     def __iter__(self) -> Iterator[int]:
         step, micro_batch = self._step, self._micro_batch
-        while True:
+        while step != self._until_step:
             yield self._layout.first_row(step, micro_batch)
             micro_batch += 1
             if micro_batch == self._layout.accumulation_steps:
@@ -83,10 +83,13 @@ class _Pool:
 
 
 class IndexedWorkers:
-    """Processes that read the micro-batches of a rank from one on; plain arrays are cheaper to hand over than a Batch."""
+    """Processes that read the micro-batches of a rank from one on, to step ``until_step`` or for ever.
 
-    def __init__(self, rows: RunRows, layout: RowLayout, *, step: int, micro_batch: int, n_workers: int) -> None:
-        sampler = _FirstRows(layout, step=step, micro_batch=micro_batch)
+    Plain arrays are cheaper to hand over than a Batch.
+    """
+
+    def __init__(self, rows: RunRows, layout: RowLayout, *, step: int, micro_batch: int, until_step: int | None, n_workers: int) -> None:
+        sampler = _FirstRows(layout, step=step, micro_batch=micro_batch, until_step=until_step)
         self._pool = _Pool(_IndexedDataset(rows, layout.local_batch_size), n_workers=n_workers, prefetch_factor=2, sampler=sampler)
 
     def next(self) -> Windows:

@@ -28,6 +28,8 @@ def _lines(plan: Plan, name: str, device: str) -> Iterator[str]:
     yield f"parameters: {plan.cost.parameters:,}; compute in {training.mixed_precision_param}"
     yield f"step: {training.global_batch_size:,} rows of {training.seq_len:,} tokens; {plan.trace.rows} a process at a time in"
     yield f"      {plan.trace.n_micro_batches} micro-batches; activation checkpointing: {plan.config.activation_checkpoint.mode}"
+    if training.phases:
+        yield "      the phases before it (training.phases) are not in what follows"
     yield ""
     yield "memory of a process at its peak (predicted)"
     yield from memory_lines(plan.trace.peak)

@@ -4,12 +4,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil
 
 import torch
 import torch.distributed as dist
 
 from titanarch.config.errors import ConfigError, Problem
+from titanarch.data.phases import Phases
 
 SECONDS_BETWEEN_AGREEMENTS = 0.5
 """How long processes of a run by minutes go on by an estimate before they hear the time from process 0 again."""
@@ -118,19 +118,19 @@ class StepBudget(Budget):
 
 
 class TokenBudget(Budget):
-    """``n_tokens`` tokens, rounded up to whole steps; ``tokens_per_step`` is None where steps differ in size."""
+    """``n_tokens`` tokens, rounded up to whole steps, whose sizes ``phases`` has."""
 
-    def __init__(self, n_tokens: int, stopwatch: Stopwatch, *, tokens_per_step: int | None) -> None:
+    def __init__(self, n_tokens: int, stopwatch: Stopwatch, *, phases: Phases) -> None:
         super().__init__(stopwatch)
         self.n_tokens = n_tokens
-        self.tokens_per_step = tokens_per_step
-        self.total_steps = None if tokens_per_step is None else ceil(n_tokens / tokens_per_step)
+        self.phases = phases
+        self.total_steps: int = phases.steps_for(n_tokens)
 
     def _spent(self, step: int, tokens: int) -> float:
         return tokens / self.n_tokens
 
-    def fraction_after(self, n_steps: int) -> float | None:
-        return None if self.tokens_per_step is None else n_steps * self.tokens_per_step / self.n_tokens
+    def fraction_after(self, n_steps: int) -> float:
+        return self.phases.tokens_before(n_steps) / self.n_tokens
 
 
 class TimeBudget(Budget):
@@ -179,12 +179,11 @@ class TimeBudget(Budget):
 
 
 def build_budget(
-    *, steps: int | None, tokens: int | None, minutes: float | None, tokens_per_step: int | None, stopwatch: Stopwatch | None = None
+    *, steps: int | None, tokens: int | None, minutes: float | None, phases: Phases, stopwatch: Stopwatch | None = None
 ) -> Budget:
     """The budget by whichever of [training] steps, tokens and minutes is given.
 
-    ``tokens_per_step``: tokens of a global batch, None where it changes. Raises ConfigError unless exactly one is given
-    and it is above 0.
+    ``phases``: of the run. Raises ConfigError unless exactly one is given and it is above 0.
     """
     given = {name: value for name, value in (("steps", steps), ("tokens", tokens), ("minutes", minutes)) if value is not None}
     if len(given) != 1:
@@ -197,6 +196,6 @@ def build_budget(
     if steps is not None:
         return StepBudget(steps, stopwatch)
     if tokens is not None:
-        return TokenBudget(tokens, stopwatch, tokens_per_step=tokens_per_step)
+        return TokenBudget(tokens, stopwatch, phases=phases)
     assert minutes is not None, "one of three is given"
     return TimeBudget(60.0 * minutes, stopwatch)

@@ -9,7 +9,8 @@ import torch
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.contract.mixer import BaseMixer
 from titanarch.contract.model import MODELS, Model
-from titanarch.data.layout import RowLayout
+from titanarch.data.layout import RunLayout
+from titanarch.data.sources import MixtureConfig
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
 from titanarch.parallel.check import decide_division, technique_problems
@@ -17,7 +18,6 @@ from titanarch.parallel.mesh import Degrees, resolve_degrees
 from titanarch.train.budget import Budget, build_budget
 from titanarch.train.metrics.config import check_sinks
 from titanarch.train.profiling import check_profiling
-from titanarch.train.resolve import local_batch_size
 from titanarch.train.run_config import RunConfig
 from titanarch.train.schedules import build_schedule
 
@@ -36,10 +36,13 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     degrees: Degrees | None = collect(resolve_degrees, config.parallelism, world_size)
     if degrees is not None:
         n = degrees.data_parallel
-        collect(RowLayout, config.training.global_batch_size, local_batch_size(config, n), 0, n)
+        layouts = collect(RunLayout, config.training.run_phases(n), 0, n)
+        if layouts is not None and config.data.mode == "streamed" and config.data.streams == 0:
+            collect(layouts.streams, math.lcm(*(phase.global_batch_size for phase in layouts.phases.parts)))
     collect(check_sinks, config.metrics)
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
+    collect(_check_phases, config)
     collect(_check_schedule, config)
     collect(_check_best, config)
     collect(_check_bad_gradients, config)
@@ -65,14 +68,27 @@ def meta_model(config: RunConfig, vocab_size: int) -> Model:
         return MODELS.of(config.model)(config.model, vocab_size, config.training.seq_len)
 
 
+def _check_phases(config: RunConfig) -> None:
+    """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
+    if not config.training.run_phases(1).changes_length or config.data.mode == "streamed":
+        return
+    reasons = {
+        "data.packing": config.data.packing != "concat" and f"'{config.data.packing}' makes rows of one length; use concat",
+        "data.ledger": config.data.ledger and "the ledger counts windows of one length",
+        "data.source": isinstance(config.data.source, MixtureConfig) and "the shares of a mixture are counted in rows of one length",
+    }
+    problems = [Problem(f"{reason}, or give training.phases rows of training.seq_len", key) for key, reason in reasons.items() if reason]
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _check_schedule(config: RunConfig) -> None:
     build_schedule(config.lr_scheduler, _budget(config))
 
 
 def _budget(config: RunConfig) -> Budget:
     training = config.training
-    per_step = training.global_batch_size * training.seq_len
-    return build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=per_step)
+    return build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, phases=training.run_phases(1))
 
 
 def _check_best(config: RunConfig) -> None:
@@ -125,19 +141,22 @@ def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -
     reasons = dict.fromkeys(f"{type(m).__qualname__}: {why}" for m in mixers if (why := m.why_not_on(device_type, compiled=compiled)))
     problems += [Problem(reason, "model.mixers") for reason in reasons]
     if degrees is not None:
-        try:
-            decide_division(model, config.parallelism, degrees, seq_len=config.training.seq_len, device_type=device_type)
-        except ConfigError as error:
-            problems += error.problems
-        problems += technique_problems(
-            model,
-            activation_checkpoint=config.activation_checkpoint,
-            compile_config=config.compile,
-            float8=config.quantize.linear.float8,
-            parallelism=config.parallelism,
-            degrees=degrees,
-            seq_len=config.training.seq_len,
-            device_type=device_type,
-        )
+        found: list[Problem] = []
+        for seq_len in {phase.seq_len: None for phase in config.training.run_phases(1).parts}:
+            try:
+                decide_division(model, config.parallelism, degrees, seq_len=seq_len, device_type=device_type)
+            except ConfigError as error:
+                found += error.problems
+            found += technique_problems(
+                model,
+                activation_checkpoint=config.activation_checkpoint,
+                compile_config=config.compile,
+                float8=config.quantize.linear.float8,
+                parallelism=config.parallelism,
+                degrees=degrees,
+                seq_len=seq_len,
+                device_type=device_type,
+            )
+        problems += dict.fromkeys(found)
     if problems:
         raise ConfigError(*problems)

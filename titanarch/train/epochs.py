@@ -10,7 +10,7 @@ def planned_epochs(loader: RowLoader, budget: Budget, *, allowed: bool) -> str:
     steps = budget.total_steps
     if steps is None:
         return "epochs planned: as many as the minutes allow"
-    passes = loader.passes(steps * loader.layout.global_batch_size)
+    passes = loader.passes(loader.phases.rows_before(steps))
     check_repeats(passes, allowed=allowed)
     return f"epochs planned: {', '.join(map(str, passes)) or 'unknown, since streamed text is not counted beforehand'}"
 

@@ -31,7 +31,5 @@ def param_dtype(config: RunConfig) -> torch.dtype:
 
 
 def local_batch_size(config: RunConfig, data_parallel: int) -> int:
-    """Rows of a forward on one process; before ``auto`` is settled the fewest that it may become."""
-    if config.training.local_batch_size == "auto":
-        return 1
-    return config.training.local_batch_size or max(config.training.global_batch_size // data_parallel, 1)
+    """Rows of a forward on one process in the run's last phase; before ``auto`` is settled the fewest that it may become."""
+    return config.training.run_phases(data_parallel).parts[-1].local_batch_size

@@ -9,6 +9,8 @@ from titanarch.checkpoint.config import CheckpointConfig
 from titanarch.config.section import FREE, ListOf, Section
 from titanarch.contract.model import MODELS, ModelConfig
 from titanarch.data.config import DataConfig
+from titanarch.data.phased_windows import problems
+from titanarch.data.phases import Phase, Phases
 from titanarch.evaluate.config import EvaluationConfig, ValidationConfig
 from titanarch.parallel.config import ActivationCheckpointConfig, CommConfig, CompileConfig, ParallelismConfig, QuantizeConfig
 from titanarch.train.guard import BadGradientsConfig
@@ -36,11 +38,27 @@ class JobConfig(Section, identity=False):
         return self
 
 
+class PhaseConfig(Section):
+    """[[training.phases]]: what a run does before the steps that [training] itself describes."""
+
+    steps: PositiveInt = Field(description="optimizer steps of the phase")
+    seq_len: PositiveInt = Field(description="tokens of a row, a divisor of training.seq_len")
+    global_batch_size: PositiveInt = Field(description="rows of an optimizer step, over all processes")
+    local_batch_size: PositiveInt | None = Field(
+        None,
+        description="rows of a forward on one process; unset: training.local_batch_size, or all of its rows where that is unset too",
+        json_schema_extra=FREE,
+    )
+
+
 class TrainingConfig(Section):
     """[training]: how much is trained, in what batches and precision. Exactly one of steps, tokens, minutes is given."""
 
     seq_len: PositiveInt = Field(description="tokens of a row")
     global_batch_size: PositiveInt = Field(description="rows of an optimizer step, over all processes")
+    phases: ListOf[PhaseConfig] = Field(
+        (), description="earlier phases of the run, of shorter rows or other batches; the section's own sizes follow them"
+    )
     local_batch_size: PositiveInt | Literal["auto"] | None = Field(
         None,
         description="rows of a forward on one process; unset: all of its rows at once; auto: as many as are predicted to fit",
@@ -65,6 +83,25 @@ class TrainingConfig(Section):
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and minutes; given: {', '.join(given) or 'none'}")
         return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "TrainingConfig":
+        if self.phases and self.local_batch_size == "auto":
+            raise ValueError("local_batch_size: auto finds a size for one length; give a number, and one to each of the phases")
+        for number, problem in problems(self.run_phases(1)):
+            raise ValueError(f"phases.{number}: {problem}" if number < len(self.phases) else f"seq_len: {problem}")
+        return self
+
+    def run_phases(self, data_parallel: int) -> Phases:
+        """The phases of the run on ``data_parallel`` ranks, the section's own the last; ``auto`` counts as the fewest rows."""
+        own = self.local_batch_size
+
+        def phase(of: "PhaseConfig | TrainingConfig", local: int | None, n_steps: int | None) -> Phase:
+            return Phase(of.seq_len, of.global_batch_size, local or max(of.global_batch_size // data_parallel, 1), n_steps)
+
+        given = 1 if own == "auto" else own
+        earlier = [phase(each, each.local_batch_size or given, each.steps) for each in self.phases]
+        return Phases.of([*earlier, phase(self, given, None)])
 
 
 class ExperimentalConfig(Section, identity=False):

@@ -10,6 +10,7 @@ from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
 from titanarch.config.dump import dump_toml, to_table
 from titanarch.config.errors import ConfigError
+from titanarch.contract.model import MODELS
 from titanarch.data.batch import Batch
 from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.ledger import Ledger, LedgerHeader
@@ -55,8 +56,14 @@ class Trainer:
         set_deterministic(config.debug.deterministic, processes.device.type)
         seed_global_generators(seed)
         self.tokenizer = build_tokenizer(config.data.tokenizer)
-        built = build_model(config, processes, vocabulary(config, self.tokenizer.vocab_size))
+        vocab_size = vocabulary(config, self.tokenizer.vocab_size)
+        built = build_model(config, processes, vocab_size)
         self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
+        self.phases = training.run_phases(self.mesh.degrees.data_parallel)
+        self.flops_per_token = {
+            phase.seq_len: MODELS.of(config.model).cost(config.model, vocab_size, phase.seq_len).training_flops_per_token
+            for phase in self.phases.parts
+        }
         self.optimizers = build_optimizers(config.optimizer, self.model.named_parameters(), built.roles, built.growth)
         self.loader = build_loader(
             config.data,
@@ -67,6 +74,7 @@ class Trainer:
             dp_rank=self.mesh.data_rank,
             dp_degree=self.mesh.degrees.data_parallel,
             seed=seed,
+            earlier=self.phases.parts[:-1],
         )
         self.scaler = LossScaler(enabled=training.mixed_precision_param == "float16")
         self.guard = GradientGuard(config.bad_gradients, self.scaler)
@@ -81,10 +89,8 @@ class Trainer:
             seed=seed,
             z_weight=training.z_loss_weight,
         )
-        self.tokens_per_step = training.global_batch_size * training.seq_len
-        self.budget = build_budget(
-            steps=training.steps, tokens=training.tokens, minutes=training.minutes, tokens_per_step=self.tokens_per_step
-        )
+        self.tokens_per_step = self.phases.parts[0].tokens_per_step
+        self.budget = build_budget(steps=training.steps, tokens=training.tokens, minutes=training.minutes, phases=self.phases)
         self.schedule = build_schedule(config.lr_scheduler, self.budget)
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
@@ -103,7 +109,7 @@ class Trainer:
         self.meter = StepMeter(
             device=processes.device,
             n_devices=processes.world_size,
-            training_flops_per_token=self.cost.training_flops_per_token,
+            training_flops_per_token=self.flops_per_token[self.phases.parts[0].seq_len],
             peak_flops_per_second=device_peak(processes.device, param_dtype(config), tf32=False),
             sum_over_processes=processes.sum,
         )
@@ -205,7 +211,9 @@ class Trainer:
 
     def draw(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step, for which the learning rate is set."""
-        step, first_row = self.progress.step + 1, self.loader.next_row
+        step, first_row, phase = self.progress.step + 1, self.loader.next_row, self.loader.phase
+        self.tokens_per_step = phase.tokens_per_step
+        self.meter.training_flops_per_token = self.flops_per_token[phase.seq_len]
         self.optimizers.set_lr(self.schedule.factor(step - 1, self.budget.fraction))
         drawn = [next(batches) for _ in range(self.loader.accumulation_steps)]
         self.recovery.drawn(StepRows(step, first_row, self.loader.next_row - 1), drawn)
@@ -387,7 +395,7 @@ class Trainer:
             "non_embedding_parameters": self.cost.non_embedding_parameters,
             "active_parameters": self.cost.active_parameters,
             "forward_flops_per_token": self.cost.forward_flops_per_token,
-            "training_flops": self.cost.training_flops_per_token * self.progress.tokens,
+            "training_flops": self._training_flops(),
             "skipped_steps": self.guard.skipped + self.scaler.overflows,
             **self.meter.totals(),
             "wall_seconds": time.monotonic() - started,
@@ -396,9 +404,15 @@ class Trainer:
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }
 
+    def _training_flops(self) -> float:
+        """Of all tokens that were trained on, lengths in the shares that the rows so far have."""
+        tokens = [(length, rows * length) for length, rows in self.phases.state(self.loader.next_row)]
+        flops = sum(n * self.flops_per_token[length] for length, n in tokens)
+        return flops / max(sum(n for _, n in tokens), 1) * self.progress.tokens
+
     def _epochs(self) -> float:
-        rows = self.loader.rows_per_epoch
-        return self.loader.next_row / rows if rows else float(self.loader.epoch)
+        passes = self.loader.passes(self.loader.next_row)
+        return passes[0].epochs if len(passes) == 1 else float(self.loader.epoch)
 
 
 def run_path(config: RunConfig) -> Path:
