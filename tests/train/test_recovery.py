@@ -11,6 +11,8 @@ import pytest
 from tests.train.faults import POISONED, faulty_forward, without_rows
 from tests.train.runs import losses, rows, write_config
 from titanarch.cli.main import main
+from titanarch.data.ledger_check import check_ledger
+from titanarch.data.ledger_files import read_ledger
 from titanarch.data.loader import IndexedLoader
 from titanarch.models.language_model import CausalLanguageModel
 
@@ -119,7 +121,7 @@ def test_a_run_that_stopped_goes_on_where_it_may_skip(folder: Path, skipping: Pa
 
 def test_a_roll_back_leaves_the_run_without_the_rows_since_the_checkpoint(folder: Path) -> None:
     """Twice: from step 8 to 5 and, on the rows that follow, from step 12 to 10. So it is where a start ends before it saved again."""
-    keys = ["--bad_gradients.nonfinite", "roll_back"]
+    keys = ["--bad_gradients.nonfinite", "roll_back", "--data.ledger", "true"]
     # Step 6 begins with row 64 after the first roll-back, so row 64 + 6 * 8 is in step 12.
     faults = {rows_of(8)[2]: "inf", 64 + 6 * G: "nan"}
     path = run(folder, "rolled", *keys, faults=faults)
@@ -135,6 +137,9 @@ def test_a_roll_back_leaves_the_run_without_the_rows_since_the_checkpoint(folder
     run(folder, "rolled_in_two", *keys, "--checkpoint.last_save", "false", faults=faults, steps=9)
     again = run(folder, "rolled_in_two", *keys, faults=faults)
     assert losses(again) == expected
+    for each in (path, again):
+        ledger = check_ledger(read_ledger(each))
+        assert (ledger.problems, ledger.n_skipped, ledger.n_rows) == ((), len(gone), STEPS * G)
 
 
 def test_before_the_first_checkpoint_a_run_goes_back_to_its_beginning(folder: Path) -> None:
