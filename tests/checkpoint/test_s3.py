@@ -10,9 +10,6 @@ from tests.s3 import s3_server
 from tests.train.runs import losses, train, write_config
 from titanarch.config.errors import ConfigError
 
-pytest.importorskip("moto.server", reason="needs moto")
-pytest.importorskip("s3fs", reason="needs the extra s3")
-
 __all__ = ["one_process"]
 
 SHORT = ["--validation.enable", "false", "--evaluation.enable", "false", "--lr_scheduler.kind", "constant", "--data.ledger", "true"]

@@ -29,7 +29,8 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def data_config(cache: Path, **table: Any) -> DataConfig:
-    return DataConfig.model_validate({"cache_dir": str(cache), "tokenizer": "bytes", **table})
+    """The sources are so small that most tests go over them many times."""
+    return DataConfig.model_validate({"cache_dir": str(cache), "tokenizer": "bytes", "allow_repeat": True, **table})
 
 
 def loader_of(

@@ -65,7 +65,7 @@ def test_which_configurations_validate() -> None:
 
 def test_what_may_change_when_a_run_resumes() -> None:
     free = {name for name in DataConfig.model_fields if not DataConfig.is_identity(name)}
-    assert free == {"cache_dir", "workers", "processes", "retry", "read_ahead_bytes"}
+    assert free == {"allow_repeat", "cache_dir", "ledger", "processes", "read_ahead_bytes", "retry", "workers"}
 
 
 def test_a_mixture_is_written_and_read_back() -> None:

@@ -211,7 +211,6 @@ def test_a_missing_package_is_named(url: str, extra: str, monkeypatch: pytest.Mo
 
 def test_web_server_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """30 % of the answers are 503 or break off half-way; every document comes, in order."""
-    pytest.importorskip("aiohttp", reason="comes with the extra http")
     small_ranges(monkeypatch, 2000)
     files = {"a.jsonl.gz": gzip.compress(LINES), "b.jsonl": LINES}
     with web_server(files, share=0.3) as (url, failures):
@@ -225,7 +224,6 @@ def test_web_server_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_web_server_without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("aiohttp", reason="comes with the extra http")
     small_ranges(monkeypatch, 2000)
     monkeypatch.setattr("tests.data.unreliable._Handler.ranges", False)
     with web_server({"a.jsonl": LINES}) as (url, _), pytest.raises(UnreachableFile, match="the server has no range reads; copy the file"):

@@ -31,7 +31,6 @@ def table(tmp_path: Path) -> dict[str, Any]:
 
 
 def build(table: dict[str, Any], **changed: Any) -> Tokenizer:
-    pytest.importorskip("tiktoken")
     return build_tokenizer(TOKENIZERS.resolve({**table, **changed}))
 
 
