@@ -259,7 +259,7 @@ def main() -> None:
         ours.open(stack)
         comparison = in_turns(ours, reference, options.steps, options.segment)
         our_losses = ours.losses()
-        their_losses = {key: reference.loss(batches) for key, batches in ours.validation_sets.items()}
+        their_losses = {key: reference.loss(batches) for key, batches in ours.held_out.validation_sets.items()}
     stop_processes()
     n_tokens = options.segment * ours.tokens_per_step
     summary: dict[str, Any] = {

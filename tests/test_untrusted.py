@@ -110,8 +110,9 @@ def test_checkpoints_and_initial_weights(tmp_path: Path, target: Path, poisoned:
 def test_tokenizers(tmp_path: Path, target: Path, kind: str, content: Callable[[Path], bytes]) -> None:
     path = tmp_path / "tokenizer"
     path.write_bytes(content(target))
+    more = {"pattern": "a+", "special_tokens": {"<end>": 300}} if kind == "tiktoken" else {}
     with pytest.raises(ConfigError, match="tokenizer"):
-        build_tokenizer(TOKENIZERS[kind].Config.model_validate({"path": str(path)}))
+        build_tokenizer(TOKENIZERS[kind].Config.model_validate({"path": str(path), **more}))
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -69,7 +69,7 @@ def test_the_reference_is_the_main_example(processes: Processes, tmp_path: Path)
         ours.open(stack)
         comparison = reference.in_turns(ours, theirs, steps, 1)
         our_losses = ours.losses()
-    their_losses = {key: theirs.loss(batches) for key, batches in ours.validation_sets.items()}
+    their_losses = {key: theirs.loss(batches) for key, batches in ours.held_out.validation_sets.items()}
     assert our_losses["validation_loss"] < 8.9  # below ln 8192 = 9.01, so it has learned
     assert their_losses == pytest.approx(our_losses, abs=1e-4)
     assert (len(comparison.rounds), len(comparison.control)) == (12, 6)

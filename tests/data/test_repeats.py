@@ -23,8 +23,7 @@ def source(tmp_path: Path) -> dict[str, Any]:
 
 def test_more_than_four_epochs_want_leave(config_of: Callable[..., DataConfig], source: dict[str, Any]) -> None:
     loader = loader_of(config_of(source=source), rows=ROWS, local=ROWS, rank=0, degree=1)
-    per_epoch = loader.rows_per_epoch
-    assert per_epoch is not None
+    per_epoch = loader.rows.n_windows
     check_repeats(loader.passes(4 * per_epoch), allowed=False)
     ((name, epochs, tokens),) = loader.passes(6 * per_epoch)
     assert (name, epochs) == ("", 6.0)

@@ -12,19 +12,16 @@ from titanarch.config.dump import dump_toml, to_table
 from titanarch.config.errors import ConfigError
 from titanarch.contract.model import MODELS
 from titanarch.data.batch import Batch
-from titanarch.data.fixed import FixedBatches, fixed_batches
 from titanarch.data.ledger import Ledger, LedgerHeader
 from titanarch.data.loader import build_loader
-from titanarch.data.sources import Split
 from titanarch.data.tokenizers import build_tokenizer
-from titanarch.evaluate.evaluation import evaluate
-from titanarch.evaluate.validation import validation_loss
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
 from titanarch.train.epochs import check_next_step, planned_epochs
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
+from titanarch.train.held_out import HeldOut
 from titanarch.train.metrics.devices import device_peak
 from titanarch.train.metrics.environment import environment_record
 from titanarch.train.metrics.log import MetricLog
@@ -114,7 +111,9 @@ class Trainer:
             sum_over_processes=processes.sum,
         )
         self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
-        self.validation_sets = self._validation_sets()
+        self.held_out = HeldOut(
+            config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
+        )
         self.ledger: Ledger | None = None
 
     @property
@@ -263,36 +262,12 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """Losses on the fixed rows, logged; {} where validation is off."""
-        if not self.validation_sets:
+        if not self.held_out.validation_sets:
             return {}
         with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
-            losses = {
-                name: validation_loss(self.model, batches, device=self.processes.device, reduce=self.mesh.sum_over_data)[0]
-                for name, batches in self.validation_sets.items()
-            }
+            losses = self.held_out.validate()
         self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
         return losses
-
-    def _validation_sets(self) -> dict[str, FixedBatches]:
-        validation = self.config.validation
-        wanted: dict[str, tuple[Split, int]] = {
-            "validation_loss": ("validation", validation.rows),
-            "train_subset_loss": ("train", validation.train_rows),
-        }
-        return {
-            name: fixed_batches(
-                self.config.data,
-                split,
-                tokenizer=self.tokenizer,
-                seq_len=self.config.training.seq_len,
-                n_rows=n_rows,
-                batch_size=self.rows_at_once,
-                dp_rank=self.mesh.data_rank,
-                dp_degree=self.mesh.degrees.data_parallel,
-            )
-            for name, (split, n_rows) in wanted.items()
-            if validation.enable and n_rows
-        }
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the run."""
@@ -364,27 +339,10 @@ class Trainer:
         self.log.open(SinkContext(self.folder.path, self.folder.path.name, step, self.budget.total_steps, to_table(self.config)))
         return trimmed
 
-    def _evaluate(self) -> dict[str, Any]:
-        """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""
-        if not self.config.evaluation.enable:
-            return {}
-        with self.meter.paused():
-            evaluation = evaluate(
-                self.model,
-                config=self.config.evaluation,
-                data=self.config.data,
-                tokenizer=self.tokenizer,
-                train_seq_len=self.config.training.seq_len,
-                device=self.processes.device,
-                dp_rank=self.mesh.data_rank,
-                dp_degree=self.mesh.degrees.data_parallel,
-                reduce=self.mesh.sum_over_data,
-            )
-        return {"evaluation": evaluation.rows, "evaluation_tables": evaluation.to_json()}
-
     def _result(self, losses: dict[str, float], started: float) -> dict[str, Any]:
         """``started``: the monotonic clock at the start, seconds."""
-        evaluation = self._evaluate()
+        with self.meter.paused():
+            evaluation = self.held_out.evaluate()
         return {
             "run": str(self.folder.path),
             "step": self.progress.step,
