@@ -110,7 +110,7 @@ def test_checkpoints_and_initial_weights(tmp_path: Path, target: Path, poisoned:
 def test_tokenizers(tmp_path: Path, target: Path, kind: str, content: Callable[[Path], bytes]) -> None:
     path = tmp_path / "tokenizer"
     path.write_bytes(content(target))
-    more = {"pattern": "a+", "special_tokens": {"<end>": 300}} if kind == "tiktoken" else {}
+    more = {"pattern": "a+", "special_tokens": {"<end>": 300}, "eos_token": "<end>"} if kind == "tiktoken" else {}
     with pytest.raises(ConfigError, match="tokenizer"):
         build_tokenizer(TOKENIZERS[kind].Config.model_validate({"path": str(path), **more}))
 
