@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ same name, the same learning rate and schedule. All have the non-embedding param
 a part of them, as many active ones, as each file says.
 
 Read it with care. {total_tokens:,} tokens are {share:.0%} of an epoch and far from convergence; one learning rate serves all, tuned for
-none; tokens/s and memory are those of plain PyTorch on a CPU ({threads} threads, {machine}), where no kernel of a GPU runs. Differences
-below the spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
+none; tokens/s and memory are those of plain PyTorch on a CPU ({machine}; {jobs} at a time, threads of each: {threads}), where no
+kernel of a GPU runs. Differences below the spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
 
 First loss: of the first step, before any update, mean over seeds; a model that knows nothing has ln 8,192 = 9.011, and the spread
 of its first logits adds half their variance. Loss: on the validation rows in nats a token, mean and sample standard deviation over
@@ -65,14 +66,20 @@ def folder(name: str, seed: int, steps: int) -> Path:
     return RUNS / f"{name}-{seed}-{steps}"
 
 
-def run(name: str, seed: int, steps: int, extra: Sequence[str]) -> int:
-    """Train one; its exit status."""
+def threads_of(jobs: int) -> int:
+    """The threads of each of ``jobs`` runs on this machine."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def run(name: str, seed: int, steps: int, extra: Sequence[str], jobs: int) -> int:
+    """Train one of ``jobs`` at a time; its exit status."""
     command = [
         *(sys.executable, "-m", "titanarch", "train", "--config", str(CONFIGS / f"{name}.toml")),
         *("--job.dump_folder", str(folder(name, seed, steps)), "--debug.seed", str(seed), "--training.steps", str(steps)),
         *("--validation.interval", str(steps), "--evaluation.enable", "false", "--checkpoint.keep_latest_k", "1", *extra),
     ]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(jobs))}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def read(names: Sequence[str], seeds: Sequence[int], steps: int) -> list[Run]:
@@ -124,7 +131,7 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], steps: int) -> str:
+def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], steps: int, jobs: int) -> str:
     """docs/architectures.md."""
     seen = {(run.name, run.seed) for run in runs}
     absent = sorted({name for name, seed in wanted if (name, seed) not in seen})
@@ -135,7 +142,8 @@ def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], steps: int) -> 
         total_tokens=result["tokens"],
         share=result["epochs"],
         seeds=", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
-        threads=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+        jobs=jobs,
+        threads=threads_of(jobs),
         machine=platform.machine(),
         baseline=BASELINE,
         table=table(runs),
@@ -149,6 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", default=known, choices=known, metavar="NAME", help="files to run; all unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1337, 3407], metavar="N")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps of each run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--out", default="docs/architectures.md", help="the page to write; empty: print the table alone")
     parser.add_argument("overrides", nargs="*", help="--section.key=VALUE after --, for all runs")
@@ -159,17 +168,17 @@ def main(argv: list[str] | None = None) -> int:
     """0 where every run ended, 1 where one did not."""
     args = parse(argv)
     wanted = [(name, seed) for seed in args.seeds for name in args.names]
-    failed = []
-    for name, seed in [] if args.table_only else wanted:
-        if not (folder(name, seed, args.steps) / "result.json").is_file() and run(name, seed, args.steps, args.overrides):
-            failed.append(f"{name}, seed {seed}")
+    missing = [(name, seed) for name, seed in wanted if not (folder(name, seed, args.steps) / "result.json").is_file()]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        statuses = {each: pool.submit(run, *each, args.steps, args.overrides, args.jobs) for each in ([] if args.table_only else missing)}
+        failed = [f"{name}, seed {seed}" for (name, seed), status in statuses.items() if status.result()]
     runs = read(args.names, args.seeds, args.steps)
     if not runs:
         print("no run has ended", file=sys.stderr)
         return 1
     print(table(runs))
     if args.out:
-        (ROOT / args.out).write_text(page(runs, wanted, args.steps), "utf-8")
+        (ROOT / args.out).write_text(page(runs, wanted, args.steps, args.jobs), "utf-8")
     for each in failed:
         print(f"did not end: {each}", file=sys.stderr)
     return 1 if failed else 0
