@@ -6,6 +6,7 @@ stream begins it again. One reader goes through the source once for all the stre
 stream that is behind are put aside meanwhile.
 """
 
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,12 +68,12 @@ class _Aside:
         self._in_memory = self._in_file = 0
         self._file: Any = None
 
-    def put(self, text: str) -> bytes | tuple[int, int]:
+    def put(self, text: str) -> str | tuple[int, int]:
         """What ``take`` gives the text back for, once."""
+        if self._in_memory + sys.getsizeof(text) <= ASIDE_BYTES:
+            self._in_memory += sys.getsizeof(text)
+            return text
         content = text.encode()
-        if self._in_memory + len(content) <= ASIDE_BYTES:
-            self._in_memory += len(content)
-            return content
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         place = self._file.seek(0, 2)
@@ -80,10 +81,10 @@ class _Aside:
         self._in_file += 1
         return place, len(content)
 
-    def take(self, kept: bytes | tuple[int, int]) -> str:
-        if isinstance(kept, bytes):
-            self._in_memory -= len(kept)
-            return kept.decode()
+    def take(self, kept: str | tuple[int, int]) -> str:
+        if isinstance(kept, str):
+            self._in_memory -= sys.getsizeof(kept)
+            return kept
         self._file.seek(kept[0])
         text = self._file.read(kept[1]).decode()
         self._in_file -= 1
@@ -103,7 +104,7 @@ class _Stream:
     begin: Cursor
     at: Cursor
     skip: int
-    waiting: deque[tuple[int, Record, bytes | tuple[int, int]]]
+    waiting: deque[tuple[int, Record, str | tuple[int, int]]]
     tokenized: deque[tuple[int, Record, np.ndarray]]
 
 
