@@ -99,6 +99,34 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--parallelism.pipeline_parallel_degree", "2"],
         ["[parallelism] pipeline_parallel_degree", "no pipeline parallelism"],
     ),
+    "short rows, another packing and the ledger": (
+        1,
+        ["--training.phases=[{steps = 4, seq_len = 16, global_batch_size = 8}]", "--data.packing=best_fit", "--data.ledger=true"],
+        ["[data] packing", "'best_fit' makes rows of one length; use concat", "[data] ledger", "windows of one length"],
+    ),
+    "a phase whose rows do not divide": (
+        2,
+        [CP, "2", "--training.phases=[{steps = 2, seq_len = 1, global_batch_size = 16}]"],
+        ["[training] seq_len", "1 tokens are no multiple of"],
+    ),
+    "a phase whose batch does not divide": (
+        4,
+        ["--training.phases=[{steps = 4, seq_len = 32, global_batch_size = 6}]"],
+        ["[training] global_batch_size", "6 rows a step do not divide"],
+    ),
+    "more shapes than graphs": (
+        1,
+        [
+            f"--training.phases=[{', '.join(f'{{steps = 1, seq_len = 32, global_batch_size = {n}}}' for n in range(1, 18))}]",
+            "--compile.enable=true",
+        ],
+        ["[training] phases", "17 shapes of micro-batches are more than the 16 that blocks are compiled for"],
+    ),
+    "a phase of rows that fill no window": (
+        1,
+        ["--training.phases=[{steps = 1, seq_len = 8, global_batch_size = 6}]"],
+        ["phases.0: 6 rows of 8 tokens do not fill whole rows of 32: make its steps times its rows a multiple of 4"],
+    ),
     "everything at once": (
         2,
         [

@@ -14,8 +14,8 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.parallel.config import CompileConfig
 from titanarch.parallel.torch_names import remove_forward_hooks
 
-GRAPHS_A_BLOCK = 4
-"""Variants of a block's graph that torch may compile before it gives up; a run needs one."""
+GRAPHS_A_BLOCK = 16
+"""Variants of a block's graph that torch may compile before it gives up; a run needs one for each shape of its micro-batches."""
 
 
 def apply_compile(model: Model, config: CompileConfig) -> None:

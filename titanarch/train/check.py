@@ -14,6 +14,7 @@ from titanarch.data.sources import MixtureConfig
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
 from titanarch.parallel.check import decide_division, technique_problems
+from titanarch.parallel.compile import GRAPHS_A_BLOCK
 from titanarch.parallel.mesh import Degrees, resolve_degrees
 from titanarch.train.budget import Budget, build_budget
 from titanarch.train.metrics.config import check_sinks
@@ -70,7 +71,12 @@ def meta_model(config: RunConfig, vocab_size: int) -> Model:
 
 def _check_phases(config: RunConfig) -> None:
     """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
-    if not config.training.run_phases(1).changes_length or config.data.mode == "streamed":
+    phases = config.training.run_phases(1)
+    shapes = {(phase.seq_len, phase.local_batch_size) for phase in phases.parts}
+    if config.compile.enable and len(shapes) > GRAPHS_A_BLOCK:
+        message = f"{len(shapes)} shapes of micro-batches are more than the {GRAPHS_A_BLOCK} that blocks are compiled for"
+        raise ConfigError(Problem(f"{message}: give phases the same seq_len and local_batch_size, or do not compile", "training.phases"))
+    if not phases.changes_length or config.data.mode == "streamed":
         return
     reasons = {
         "data.packing": config.data.packing != "concat" and f"'{config.data.packing}' makes rows of one length; use concat",
