@@ -19,10 +19,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = (
     "--training.mixed_precision_param=float32",
     "--validation.enable=false",
+    "--data.allow_repeat=true",
     "--evaluation.enable=false",
     '--metrics.sinks=["jsonl","progress"]',
 )
-"""Overrides of debug.toml for runs that are about processes: fp32, and nothing but steps."""
+"""Overrides of debug.toml for runs that are about processes: fp32, and nothing but steps, as many as they like."""
 
 
 @dataclass

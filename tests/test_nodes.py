@@ -84,26 +84,20 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
     assert [found[step] for step in early] == pytest.approx([expected[step] for step in early], rel=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("n_processes", "sent", "words"),
-    [
-        ("4", signal.SIGKILL, r"process 1 of 4 \(pid \d+\) was killed by SIGKILL \(.*\), after step (\d+)\n"),
-        ("2", signal.SIGSTOP, r"process 1 of 2 \(on .*, pid \d+\) stopped answering: it was killed or hangs, after step (\d+)\n"),
-    ],
-)
-def test_a_process_that_dies_or_hangs_ends_the_run(tmp_path: Path, n_processes: str, sent: signal.Signals, words: str) -> None:
+def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     """The launcher's last words name the process, what happened to it and its last step; nothing is left."""
     folder = tmp_path / "run"
     with cleaned_up(folder):
-        run = launch(folder, ENDLESS, "--checkpoint.enable=false", "--comm.train_timeout_seconds=8", NGPU=n_processes)
+        run = launch(folder, ENDLESS, "--checkpoint.enable=false", "--comm.train_timeout_seconds=8", NGPU="2")
         run.wait_for_step(3)
-        os.kill(run.workers()[1], sent)
+        os.kill(run.workers()[1], signal.SIGSTOP)
         broken = time.monotonic()
         status, _, err = run.end()
         seconds = time.monotonic() - broken
-        print(f"{sent.name} in {n_processes} processes: ended after {seconds:.1f} s")
+        print(f"stopped: ended after {seconds:.1f} s")
         assert status == 1
         assert seconds < 60
+        words = r"process 1 of 2 \(on .*, pid \d+\) stopped answering: it was killed or hangs, after step (\d+)\n"
         told = re.search(rf"titanarch: the run broke after \d+ s: {words}", err)
         assert told, err
         assert int(told[1]) in (max(losses_in(folder)), max(losses_in(folder)) + 1)  # a step can end before its row is written
