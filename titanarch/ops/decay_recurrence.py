@@ -14,6 +14,7 @@ from titanarch.ops._decay_kernels import fla_recurrence
 from titanarch.ops._decay_scalar import scalar_decay
 from titanarch.ops._decay_vector import vector_decay
 from titanarch.ops.recurrence_backend import REFERENCE
+from titanarch.ops.segments import in_segments
 
 
 def decay_recurrence(
@@ -39,8 +40,12 @@ def decay_recurrence(
         return fla_recurrence(_heads(q, v.shape[2]), _heads(k, v.shape[2]), v, g, starts_BT=starts_BT, state=S)
     assert backend == REFERENCE, f"no backend '{backend}'"
     q, k, v, log_decay, state = _prepared(q, k, v, log_decay, state)
-    recur = scalar_decay if log_decay.dim() == 3 else vector_decay
-    return recur(q, k, v, log_decay, starts_BT=starts_BT, state_BHKV=state, chunk_size=chunk_size)
+    chunked = scalar_decay if log_decay.dim() == 3 else vector_decay
+
+    def recur(*inputs: Tensor, starts_BT: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked(*inputs, starts_BT=starts_BT, state_BHKV=state, chunk_size=chunk_size)
+
+    return in_segments(recur, (q, k, v, log_decay), starts_BT=starts_BT, state=state)
 
 
 def decay_transition(k: Tensor, v: Tensor, log_decay: Tensor, *, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:

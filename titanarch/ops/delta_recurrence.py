@@ -20,6 +20,7 @@ from torch import Tensor
 from titanarch.ops._decayed_pairs import decayed_pairs
 from titanarch.ops._delta_kernels import fla_delta_rule, fla_diagonal_plus_low_rank
 from titanarch.ops.recurrence_backend import REFERENCE
+from titanarch.ops.segments import in_segments
 
 CHUNK = 64
 """Tokens a chunk."""
@@ -56,8 +57,13 @@ def delta_rule(
     if backend == "fla":
         return fla_delta_rule(q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH, starts_BT=starts_BT, state=state)
     assert backend == REFERENCE, f"no backend '{backend}'"
-    chunks = _delta_chunks(q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH, starts_BT)
-    return _run(chunks, state, v_BTHV)
+
+    def recur(
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, starts_BT: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _run(_delta_chunks(q, k, v, log_decay, beta, starts_BT), state, v)
+
+    return in_segments(recur, (q_BTHK, k_BTHK, v_BTHV, log_decay, beta_BTH), starts_BT=starts_BT, state=state)
 
 
 def delta_rule_transition(
@@ -84,8 +90,13 @@ def diagonal_plus_low_rank(
     if backend == "fla":
         return fla_diagonal_plus_low_rank(*operands, starts_BT=starts_BT, state=state)
     assert backend == REFERENCE, f"no backend '{backend}'"
-    chunks = _general_chunks(*operands, starts_BT)
-    return _run(chunks, state, v_BTHV)
+
+    def recur(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, *, starts_BT: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _run(_general_chunks(q, k, v, g, a, b, starts_BT), state, v)
+
+    return in_segments(recur, operands, starts_BT=starts_BT, state=state)
 
 
 def diagonal_plus_low_rank_transition(
