@@ -5,8 +5,8 @@
 
 Prepared tokens are random, in documents of log-normal lengths (median 600 tokens), more than caches hold. Rows have 2,048
 tokens, batches 32 rows, with positions, documents and the loader's state. Speeds are tokens per second of processor time, of
-each call. Text is the package's corpus in pieces of 4,096 characters; both sides tokenize as many tokens of it, one document at
-a time. Going on is timed from nothing: a new loader, the state of row 10,000,000, the first batch.
+each call. Text is the package's corpus, in pieces of 4,096 characters and in whole documents; both sides tokenize as many tokens of
+it, one document at a time. Going on is timed from nothing: a new loader, the state of row 10,000,000, the first batch.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import call, compare, record
+from benchmarks.measure import Comparison, call, compare, record
 from titanarch.data.config import DataConfig
 from titanarch.data.index_writer import IndexWriter
 from titanarch.data.loader import RowLoader, build_loader
@@ -88,7 +88,12 @@ def going_on(name: str, config: DataConfig, tokenizer: Tokenizer, *, n_rounds: i
     if "mixture" in state:
         taken = loader_of(config, tokenizer)
         state |= taken.rows.state(row)  # type: ignore[attr-defined]
-    state["phases"] = [[SEQ_LEN, row]]
+    return resumed(name, config, tokenizer, {**state, "phases": [[SEQ_LEN, row]]}, n_rounds=n_rounds)
+
+
+def resumed(name: str, config: DataConfig, tokenizer: Tokenizer, state: dict[str, Any], *, n_rounds: int) -> dict[str, Any]:
+    """Seconds until the first batch after ``state``, from nothing."""
+    ((_, row),) = state["phases"]
 
     def resume() -> None:
         loader = loader_of(config, tokenizer)
@@ -100,18 +105,19 @@ def going_on(name: str, config: DataConfig, tokenizer: Tokenizer, *, n_rounds: i
     return {"measured": "seconds to go on", "rows": name, "row": row, "wall_seconds": samples}
 
 
-def write_pieces(path: Path) -> Path:
-    """The package's corpus in pieces."""
+def write_pieces(path: Path, n_characters: int) -> Path:
+    """The package's corpus in pieces of ``n_characters``; 0: in whole documents."""
     source = SplitSource(DataConfig(), "train")
     with path.open("w", encoding="utf-8") as file:
         for found in source.records():
             text = source.document(found).text
-            for place in range(0, len(text), PIECE_CHARACTERS):
-                file.write(json.dumps({"text": text[place : place + PIECE_CHARACTERS], "id": f"{found.number}-{place}"}) + "\n")
+            size = n_characters or len(text)
+            for place in range(0, len(text), size):
+                file.write(json.dumps({"text": text[place : place + size], "id": f"{found.number}-{place}"}) + "\n")
     return path
 
 
-def against_the_tokenizer(path: Path, tokenizer: Tokenizer, *, n_tokens: int, n_rounds: int) -> Any:
+def against_the_tokenizer(path: Path, tokenizer: Tokenizer, *, n_tokens: int, n_rounds: int) -> Comparison:
     """Streamed rows against encoding the same texts, ``n_tokens`` tokens each; a source begins anew where it ends."""
     source = {"kind": "jsonl", "paths": [str(path)]}
     config = DataConfig.model_validate({"source": source, "mode": "streamed", "allow_repeat": True})
@@ -128,7 +134,7 @@ def against_the_tokenizer(path: Path, tokenizer: Tokenizer, *, n_tokens: int, n_
         while wanted > 0:
             wanted -= len(tokenizer.encode(next(left))) + 1
 
-    return compare(("streamed rows", streamed), ("tokenizer alone", raw), n_rounds=n_rounds)
+    return compare((f"streamed rows of {path.stem}", streamed), ("tokenizer alone", raw), n_rounds=n_rounds)
 
 
 def streamed_going_on(path: Path, tokenizer: Tokenizer, *, n_rounds: int) -> dict[str, Any]:
@@ -137,23 +143,13 @@ def streamed_going_on(path: Path, tokenizer: Tokenizer, *, n_rounds: int) -> dic
     config = DataConfig.model_validate({"source": source, "mode": "streamed", "allow_repeat": True})
     *_, last = SplitSource(config, "train").records()
     fresh = loader_of(config, tokenizer)
-    state = fresh.state_dict()
-    row = FAR_ROW - FAR_ROW % ROWS
-    state["phases"] = [[SEQ_LEN, row]]
+    state = {**fresh.state_dict(), "phases": [[SEQ_LEN, FAR_ROW - FAR_ROW % ROWS]]}
     first = last.number - last.number % ROWS - ROWS  # streams stand at documents of their own
     places = {record_.number: record_.position for record_ in _from(config, first)}
     for stream, cursor in state["cursors"].items():
         number = first + int(stream)
         cursor |= {"epoch": 6000, "number": number, **places[number]._asdict(), "skip": 0}
-
-    def resume() -> None:
-        loader = loader_of(config, tokenizer)
-        loader.load_state_dict(state)
-        assert int(next(loader).row_B[0]) == row, "goes on elsewhere"
-
-    samples = [call(resume).wall_seconds for _ in range(n_rounds)]
-    print(f"streamed, plain file: on at row {row:,} after {np.median(samples):.3f} s, {max(samples):.3f} at most")
-    return {"measured": "seconds to go on", "rows": "streamed, plain file", "row": row, "wall_seconds": samples}
+    return resumed("streamed, plain file", config, tokenizer, state, n_rounds=n_rounds)
 
 
 def _from(config: DataConfig, first: int) -> Iterator[Any]:
@@ -178,11 +174,12 @@ def main() -> None:
             for rows, config in configs.items()
         ]
         results += [going_on(rows, config, tokenizer, n_rounds=options.rounds) for rows, config in configs.items()]
-        path = write_pieces(folder / "pieces.jsonl")
-        results.append(streamed_going_on(path, tokenizer, n_rounds=options.rounds))
-        compared = against_the_tokenizer(path, tokenizer, n_tokens=options.text_tokens, n_rounds=options.rounds)
-        print(compared.summary())
-        results.append(compared)
+        pieces = write_pieces(folder / "pieces.jsonl", PIECE_CHARACTERS)
+        results.append(streamed_going_on(pieces, tokenizer, n_rounds=options.rounds))
+        for path in (pieces, write_pieces(folder / "whole documents.jsonl", 0)):
+            compared = against_the_tokenizer(path, tokenizer, n_tokens=options.text_tokens, n_rounds=options.rounds)
+            print(compared.summary())
+            results.append(compared)
     if options.record:
         print(record(options.record, results, settings={**vars(options), "seq_len": SEQ_LEN, "rows": ROWS}))
 

@@ -19,7 +19,8 @@ from tests.data.test_sources import read
 from tests.data.unreliable import Unreliable, unreliable, web_server
 from titanarch.config.errors import ConfigError
 from titanarch.data.errors import UnreachableFile
-from titanarch.data.files import ByteStream, find_files
+from titanarch.data.files import ByteStream
+from titanarch.data.listing import find_files
 from titanarch.data.read_ahead import ReadAhead
 from titanarch.data.retry import Reading, RetryConfig, is_final
 from titanarch.data.sources import SOURCES, Position, TextSource

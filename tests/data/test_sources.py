@@ -12,7 +12,7 @@ import zstandard
 
 from tests.data.common import make_texts, write_jsonl
 from titanarch.config.errors import ConfigError
-from titanarch.data.files import find_files
+from titanarch.data.listing import find_files
 from titanarch.data.sources import SOURCES, Document, Position, TextSource
 
 TEXTS = make_texts(40)
@@ -107,6 +107,23 @@ def test_malformed_lines_are_named(tmp_path: Path) -> None:
     assert bad(good + b'{"txt": "a"}\n', path).startswith(f"{path}:2: the object has no key 'text'; did you mean 'txt'?")
     assert bad(good + b'{"text": 5}\n', path).startswith(f"{path}:2: 'text' must be a string, not 5")
     assert bad(good, path, id_key="name").startswith(f"{path}:1: the object has no key 'name'")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'{"text": "half of a pair: \ud83d"}',
+        r'{"text": "\ud83d\ude00 \u0000 \/ \n"}',
+        '{"text": "first", "text": "last"}',
+        '{"text": "a", "score": NaN, "least": -Infinity, "big": 123456789012345678901234567890}',
+        ' {"text": "spaces around"}\t',
+        '{"text": "a", "nested": ' + "[" * 300 + "]" * 300 + "}",
+    ],
+)
+def test_lines_mean_what_the_standard_library_says(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line + "\n")
+    assert [document.text for _, document in read(open_source(kind="jsonl", paths=[str(path)]))] == [json.loads(line)["text"]]
 
 
 def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
         ),
         (["--data.source.kind", "jsonl", "--data.source.paths", '["a.jsonl"]'], ["[validation] enable", "data.validation_fraction"]),
         (["--lr_scheduler.warmup_steps", "20"], ["warmup_steps"]),
+        (["--data.mode", "streamed", "--data.streams", "3"], ["[data] streams", "3 streams are no multiple of the 8 rows"]),
+        (["--data.mode", "streamed", "--data.workers", "9"], ["[data] workers", "9 workers are more than the 8 streams of a rank"]),
         (["--checkpoint.keep_best_k", "1", "--validation.enable", "false"], ["[checkpoint] keep_best_k", "validation.enable = false"]),
         (["--checkpoint.keep_best_k", "1", "--checkpoint.interval", "7"], ["keep_best_k", "first meet at step 70"]),
         (["--profiling.enable_memory_snapshot", "true"], ["enable_memory_snapshot", "cpu"]),

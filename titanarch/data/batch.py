@@ -98,7 +98,9 @@ def make_batch(windows: Windows) -> Batch:
         document = np.arange(len(starts))
         first_of_row = np.where(starts % length == 0, document, 0)
         document_BT = np.repeat(document - np.maximum.accumulate(first_of_row), lengths).reshape(n_rows, length)
-        position_BT = (np.arange(n_tokens) - np.repeat(starts, lengths)).reshape(n_rows, length)
+        position = np.arange(n_tokens)
+        position -= np.repeat(starts, lengths)
+        position_BT = position.reshape(n_rows, length)
     else:
         position_BT = np.empty((n_rows, length), dtype=np.int64)
         position_BT[:] = np.arange(length)
@@ -115,6 +117,16 @@ def make_batch(windows: Windows) -> Batch:
         packed=packed,
         origin_BI=origin_BI,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory of batches that are done with.
+
+    The C library returns large blocks to the system as they are freed, and each batch then meets its memory a page at a
+    time, which takes longer than filling it. It keeps blocks up to the largest it has seen freed, of at most 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD), so one is enough, and none of its pages is touched.
+    """
+    np.empty(31 << 20, dtype=np.uint8)
 
 
 def filler(n_rows: int, length: int) -> Batch:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from titanarch.data.files import is_local, sha256_of
+from titanarch.data.checksums import sha256_of
 from titanarch.data.index_writer import InputMeta, Meta
+from titanarch.data.listing import is_local
 from titanarch.data.sources import Split
 from titanarch.data.split import SplitSource
 

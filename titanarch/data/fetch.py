@@ -5,8 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from titanarch.data.checksums import sha256_of
 from titanarch.data.errors import data_error
-from titanarch.data.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,18 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from titanarch.data.checksums import add_pieces
 from titanarch.data.errors import DamagedFile, UnreachableFile, UnreadableFile, data_error
-from titanarch.data.listing import DataFile, data_file, filesystem, find_files, is_local
+from titanarch.data.listing import DataFile, data_file, filesystem, is_local
 from titanarch.data.packed import PACKED_BYTES, Damaged, is_packed, unpacked_blocks
 from titanarch.data.read_ahead import ReadAhead
 from titanarch.data.remote import RemoteFile, replaced
 from titanarch.data.retry import Reading
 
-__all__ = ["BUFFER_BYTES", "ByteStream", "DataFile", "find_files", "is_local", "open_random_access", "samples_checksum"]
-
 BUFFER_BYTES = 1 << 20
-N_SAMPLES = 16
-SAMPLE_BYTES = 4096
 
 
 class _Blocks(io.RawIOBase):
@@ -120,16 +116,14 @@ class ByteStream:
 
 
 def samples_checksum(files: Iterable[DataFile]) -> str:
-    """A hash of N_SAMPLES pieces spread over each local file, and of the stamp of each remote one, which a replacement changes."""
+    """A hash of pieces spread over each local file, and of the stamp of each remote one, which a replacement changes."""
     digest = hashlib.sha256()
     for file in files:
         if not is_local(file.url):
             digest.update(file.stamp.encode())
             continue
         with open_random_access(file, Reading()) as raw:
-            for i in range(N_SAMPLES):
-                raw.seek(max(0, file.n_bytes - SAMPLE_BYTES) * i // (N_SAMPLES - 1))
-                digest.update(raw.read(SAMPLE_BYTES))
+            add_pieces(digest, raw, file.n_bytes)
     return digest.hexdigest()
 
 
@@ -146,12 +140,3 @@ def open_random_access(file: DataFile, reading: Reading) -> Any:
     if found != file:
         raise replaced(file, found)
     return raw
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BUFFER_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from titanarch import __version__
+from titanarch.data.checksums import pieces_sha256_of
 from titanarch.data.errors import data_error
 from titanarch.data.skips import Skip
 from titanarch.data.tokenizers import Tokenizer
@@ -34,7 +35,7 @@ class _Schema(BaseModel):
 
 
 class FileMeta(_Schema):
-    """Size and checksum of a file. ``probe``: that of blocks spread over it (see ``probe_of``); empty where none was taken."""
+    """Size and checksum of a file. ``probe``: that of pieces spread over it; empty where none was taken."""
 
     bytes: int
     sha256: str
@@ -90,19 +91,6 @@ class Meta(_Schema):
     empty: int | None = None
     of_other_splits: int | None = None
     inputs: list[InputMeta] = []
-
-
-PROBE_BLOCKS, PROBE_BYTES = 16, 4096
-
-
-def probe_of(path: Path) -> str:
-    """SHA-256 of 16 blocks of 4 KiB spread evenly over a file, the first and the last among them."""
-    digest, last = hashlib.sha256(), max(0, path.stat().st_size - PROBE_BYTES)
-    with path.open("rb") as file:
-        for i in range(PROBE_BLOCKS):
-            file.seek(last * i // (PROBE_BLOCKS - 1))
-            digest.update(file.read(PROBE_BYTES))
-    return digest.hexdigest()
 
 
 def put_file(path: Path, text: str) -> None:
@@ -179,7 +167,7 @@ class _File:
         """To the disk for good; its entry in meta.json."""
         entry = self.commit()
         self._file.close()
-        return entry.model_copy(update={"probe": probe_of(self.path)})
+        return entry.model_copy(update={"probe": pieces_sha256_of(self.path)})
 
     def close(self) -> None:
         self._file.close()

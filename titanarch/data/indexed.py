@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from pydantic import ValidationError
 
+from titanarch.data.checksums import pieces_sha256_of, sha256_of
 from titanarch.data.errors import DataError, data_error
-from titanarch.data.files import sha256_of
-from titanarch.data.index_writer import FORMAT, READABLE, VERSION, Meta, probe_of
+from titanarch.data.index_writer import FORMAT, READABLE, VERSION, Meta
 from titanarch.data.tokenizers import Tokenizer
 
 CHECKED_BYTES = 16 << 20
@@ -101,13 +101,10 @@ class IndexedData(Sequence[TokenizedDocument]):
             windows[row, : len(tokens)] = tokens
         return windows
 
-    def spans(self, start_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
-        """Tokens ``start`` to ``start + size`` of each span, one span after the other, in the stored dtype."""
-        if len(self._shards) > 1:
-            parts = [self.read(start, size) for start, size in zip(start_P.tolist(), size_P.tolist(), strict=True)]
-            return np.concatenate(parts)
-        before_P = np.cumsum(size_P, dtype=np.int64) - size_P
-        return self._shards[0][np.repeat(start_P - before_P, size_P) + np.arange(int(size_P.sum()))]
+    def copy_spans(self, start_P: np.ndarray, size_P: np.ndarray, *, into: np.ndarray, place_P: np.ndarray) -> None:
+        """Copy tokens ``start`` to ``start + size`` of each span to ``place`` and on of ``into``, of one dimension."""
+        for start, size, place in zip(start_P.tolist(), size_P.tolist(), place_P.tolist(), strict=True):
+            into[place : place + size] = self.read(start, size)
 
     def __len__(self) -> int:
         return self.n_documents
@@ -199,6 +196,6 @@ def _check_content(folder: Path, meta: Meta) -> None:
     """Compare what is cheap to compare: small files whole, and blocks of large ones."""
     for name, entry in meta.files.items():
         path = folder / name
-        found = (sha256_of(path), entry.sha256) if entry.bytes <= CHECKED_BYTES else (probe_of(path), entry.probe)
+        found = (sha256_of(path), entry.sha256) if entry.bytes <= CHECKED_BYTES else (pieces_sha256_of(path), entry.probe)
         if found[1] and found[0] != found[1]:
             raise _differs(path)

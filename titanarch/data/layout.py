@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.phases import Phases
@@ -79,11 +80,24 @@ class RunLayout:
         """That of the phase of a step."""
         return self._layouts[self.phases.parts.index(self.phases.at_step(step))]
 
-    def streams(self, n_streams: int) -> list[int]:
-        """The streams of this rank, in ascending order. ConfigError where they are not those of every phase."""
+    def streams(self, wanted: int, *, n_workers: int) -> tuple[int, list[int]]:
+        """The number R of streams, which is ``wanted`` or for 0 the least there can be, and those of this rank, in ascending order.
+
+        Raises ConfigError where R is no multiple of the global batch of every phase, a stream would move to another rank where
+        the batch changes, or there are more workers than streams of the rank.
+        """
+        batches = [layout.global_batch_size for layout in self._layouts]
+        n_streams = wanted or lcm(*batches)
+        for rows in (rows for rows in batches if n_streams % rows):
+            message = f"{n_streams} streams are no multiple of the {rows} rows of a global batch"
+            raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", "data.streams"))
         owned = {tuple(sorted(layout.streams(n_streams))) for layout in self._layouts}
         if len(owned) > 1:
             message = f"the rows of streams would move between the {self.dp_degree} data-parallel ranks where the batch changes"
             remedy = "give all phases the same global_batch_size and local_batch_size, or use indexed data"
             raise ConfigError(Problem(f"{message}: {remedy}", "training.phases"))
-        return list(owned.pop())
+        own = list(owned.pop())
+        if n_workers > len(own):
+            message = f"{n_workers} workers are more than the {len(own)} streams of a rank: give at most as many"
+            raise ConfigError(Problem(message, "data.workers"))
+        return n_streams, own

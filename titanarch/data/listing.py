@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -26,7 +27,7 @@ class DataFile:
     n_bytes: int
     stamp: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.url.rstrip("/").rpartition("/")[2]
 

@@ -3,13 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from math import lcm
 from typing import Any
 
 import numpy as np
 
-from titanarch.config.errors import ConfigError, Problem
-from titanarch.data.batch import Batch, make_batch
+from titanarch.data.batch import Batch, keep_freed_memory, make_batch
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.files import samples_checksum
@@ -38,6 +36,7 @@ class RowLoader(ABC, Iterator[Batch]):
     def __init__(self, layouts: RunLayout, *, fingerprint: str, start_row: int) -> None:
         self.layouts = layouts
         self._fingerprint = fingerprint
+        keep_freed_memory()
         self._step, self._micro_batch = layouts.phases.step_of(start_row), 0
 
     @property
@@ -203,28 +202,20 @@ class IndexedLoader(RowLoader):
 class StreamedLoader(RowLoader):
     """Rows of R streams, tokenized on the fly: row k is the next row of stream k mod R.
 
-    The state holds the cursor of every stream of this rank. Raises ConfigError where R is no multiple of the global
-    batch of every phase, or there are more workers than streams, and when the fifth epoch begins unless ``data.allow_repeat``.
+    The state holds the cursor of every stream of this rank. Raises ConfigError as ``RunLayout.streams`` does, and when the
+    fifth epoch begins unless ``data.allow_repeat``.
     """
 
     def __init__(
         self, source: SplitSource, tokenizer: Tokenizer, layouts: RunLayout, *, config: DataConfig, seed: int, start_row: int
     ) -> None:
-        batches = [phase.global_batch_size for phase in layouts.phases.parts]
-        self.n_streams, n_workers = config.streams or lcm(*batches), config.workers
-        for rows in (rows for rows in batches if self.n_streams % rows):
-            message = f"{self.n_streams} streams are no multiple of the {rows} rows of a global batch"
-            raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", key="data.streams"))
         if start_row:
             raise ValueError("streams begin at row 0 or where a saved state left them")
         super().__init__(layouts, fingerprint=source.content_name(tokenizer), start_row=0)
         self._source, self._tokenizer = source, tokenizer
         self._packing, self._shuffle = config.packing, Shuffle(config.shuffle_documents, seed)
-        self._streams = layouts.streams(self.n_streams)
-        if n_workers > len(self._streams):
-            message = f"{n_workers} workers are more than the {len(self._streams)} streams of a rank: give at most as many"
-            raise ConfigError(Problem(message, key="data.workers"))
-        self._n_workers, self._allow_repeat = n_workers, config.allow_repeat
+        self.n_streams, self._streams = layouts.streams(config.streams, n_workers=config.workers)
+        self._n_workers, self._allow_repeat = config.workers, config.allow_repeat
         self._cursors = {stream: Cursor() for stream in self._streams}
         self._rows: StreamReader | StreamWorkers | None = None
         self._skipped = SkipCounts()

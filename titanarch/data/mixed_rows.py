@@ -32,7 +32,6 @@ class MixedRows(RunRows):
 
     def __init__(self, config: MixtureConfig, data: Sequence[IndexedData], *, seq_len: int, seed: int, packing: Packing) -> None:
         self.config = config
-        self.seq_len = seq_len
         self.sources: list[IndexedRows] = []
         for name, one in zip(config.names, data, strict=True):
             try:

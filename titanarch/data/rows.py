@@ -23,9 +23,8 @@ ORDER_CHUNK = 1024  # rows whose windows are computed at once: far less work a r
 
 
 class RunRows(ABC):
-    """The rows of a run, of at most ``seq_len`` tokens. ``fingerprint`` is a hash of the data they come from."""
+    """The rows of a run. ``fingerprint`` is a hash of the data they come from."""
 
-    seq_len: int
     fingerprint: str
 
     @abstractmethod
@@ -186,6 +185,7 @@ def read_planned(data: IndexedData, made: Plan, window_B: np.ndarray, *, row_B: 
     column_P = end_P - before_B[row_P]  # of the token after the piece, where another document or the padding begins
     real_B = column_P[begin_B + count_B - 1]
     tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=data.dtype)
-    tokens_BS[np.arange(seq_len + 1) < real_B[:, None]] = data.spans(made.start_P[piece_P], size_P)
+    place_P = row_P * (seq_len + 1) + column_P - size_P
+    data.copy_spans(made.start_P[piece_P], size_P, into=tokens_BS.reshape(-1), place_P=place_P)
     inside = column_P <= seq_len
     return Windows(tokens_BS, row_P[inside], column_P[inside], row_B, real_B)

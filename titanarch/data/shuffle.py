@@ -30,7 +30,7 @@ class Shuffle(NamedTuple):
         ``records`` begin with a block; its contents are held in memory.
         """
         if self.n_documents <= 1:
-            yield from ((record, record._replace(content=None)) for record in records)
+            yield from ((record, Record(record.number, record.position, None)) for record in records)
             return
         while block := list(islice(records, self.n_documents)):
             first = block[0]

@@ -57,6 +57,11 @@ class Skips:
         self._by_file, self._last = {skip.file: skip for skip in files}, {}
 
     @property
+    def counts(self) -> "SkipCounts":
+        """The sums over ``files``; asked for with every row."""
+        return count(self._by_file.values()) if self._by_file else NOTHING
+
+    @property
     def files(self) -> list[Skip]:
         """What was passed over, in the order of the first in each file."""
         return list(self._by_file.values())
@@ -67,6 +72,9 @@ class SkipCounts(NamedTuple):
 
     documents: int = 0
     files: int = 0
+
+
+NOTHING = SkipCounts()
 
 
 def count(skips: Iterable[Skip]) -> SkipCounts:

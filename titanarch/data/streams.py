@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from titanarch.data.batch import Windows
 from titanarch.data.errors import data_error
 from titanarch.data.packing import Packing
 from titanarch.data.shuffle import Shuffle
-from titanarch.data.skips import SkipCounts, count
+from titanarch.data.skips import SkipCounts
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
 from titanarch.data.tokenizers import Tokenizer
@@ -27,8 +27,7 @@ from titanarch.data.tokenizers import Tokenizer
 ASIDE_BYTES = 32 << 20  # texts put aside in memory; beyond, they go to a temporary file
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """Where a stream goes on: ``skip`` tokens into document ``number`` of the split's order, in pass ``epoch``.
 
     ``file``, ``offset``, ``record`` are the Position of the first document of its block.
@@ -42,7 +41,7 @@ class Cursor:
     skip: int = 0
 
     def to_json(self) -> dict[str, int]:
-        return asdict(self)
+        return self._asdict()
 
     @staticmethod
     def from_json(values: Mapping[str, int]) -> "Cursor":
@@ -50,11 +49,11 @@ class Cursor:
 
 
 class StreamRow(NamedTuple):
-    """One row: tokens int64 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
+    """One row: tokens int32 [T + 1], the columns (1 to T) where documents or the padding begin, the stream's cursor after it,
     how many of the tokens are real, the stream's cursor before it, and what its reader has passed over so far."""
 
     tokens: np.ndarray
-    starts: np.ndarray
+    starts: list[int]
     cursor: Cursor
     real: int
     before: Cursor
@@ -133,7 +132,7 @@ class StreamReader:
         self._packing, self._shuffle = packing, shuffle
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
-        self._end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
+        self._end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
         self._state = {stream: _Stream(begin, begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
         self._aside = _Aside()
@@ -180,8 +179,11 @@ class StreamReader:
                 text = self._source.document(record).text
                 owner.waiting.append((epoch, place, self._aside.put(text)))
         epoch, place, kept = stream.waiting.popleft()
-        tokens = self._tokenizer.encode(self._aside.take(kept)).astype(np.int64)
-        stream.tokenized.append((epoch, place, np.concatenate([tokens, self._end])))
+        ids = self._tokenizer.encode(self._aside.take(kept))
+        tokens = np.empty(len(ids) + len(self._end), dtype=np.int32)
+        tokens[: len(ids)] = ids
+        tokens[len(ids) :] = self._end
+        stream.tokenized.append((epoch, place, tokens))
 
     def next_row(self, number: int) -> StreamRow:
         """The next row of stream ``number``."""
@@ -189,7 +191,7 @@ class StreamReader:
         if self._packing == "padded":
             return self._padded_row(stream)
         n_wanted = self._seq_len + 1
-        pieces: list[np.ndarray] = []
+        row = np.empty(n_wanted, dtype=np.int32)
         starts: list[int] = []
         n_taken = taken_documents = 0
         while n_taken < n_wanted:
@@ -199,14 +201,14 @@ class StreamReader:
             piece = tokens[0 if taken_documents else stream.skip :][: n_wanted - n_taken]
             if n_taken and len(piece):
                 starts.append(n_taken)
-            pieces.append(piece)
+            row[n_taken : n_taken + len(piece)] = piece
             n_taken += len(piece)
             taken_documents += 1
         self._advance(stream)
         epoch, place, _ = stream.tokenized[0]
         cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
         before, stream.at = stream.at, cursor
-        return StreamRow(np.concatenate(pieces), np.array(starts, dtype=np.int64), cursor, n_wanted, before, self._skipped())
+        return StreamRow(row, starts, cursor, n_wanted, before, self._source.source.skips.counts)
 
     def _padded_row(self, stream: _Stream) -> StreamRow:
         """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
@@ -217,15 +219,12 @@ class StreamReader:
                 self._next_document(stream)
         epoch, place, tokens = stream.tokenized[0]
         real = min(len(tokens), self._seq_len + 1)
-        row = np.zeros(self._seq_len + 1, dtype=np.int64)
+        row = np.zeros(self._seq_len + 1, dtype=np.int32)
         row[:real] = tokens[:real]
         stream.skip = len(tokens)
-        starts = np.array([real] if real <= self._seq_len else [], dtype=np.int64)
+        starts = [real] if real <= self._seq_len else []
         before, stream.at = stream.at, Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        return StreamRow(row, starts, stream.at, real, before, self._skipped())
-
-    def _skipped(self) -> SkipCounts:
-        return count(self._source.source.skips.files)
+        return StreamRow(row, starts, stream.at, real, before, self._source.source.skips.counts)
 
     def _advance(self, stream: _Stream) -> None:
         """Go T tokens on, to the document that holds the first token of the next row."""
@@ -241,7 +240,7 @@ def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
     return Windows(
         tokens_BS,
         np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
-        np.concatenate([row.starts for row in rows]),
+        np.array([start for row in rows for start in row.starts], dtype=np.int64),
         row_B,
         real_B if (real_B < tokens_BS.shape[1]).any() else None,
         np.array([[*_place(row.before), *_place(row.cursor)] for row in rows], dtype=np.int64),

@@ -38,8 +38,8 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     if degrees is not None:
         n = degrees.data_parallel
         layouts = collect(RunLayout, config.training.run_phases(n), 0, n)
-        if layouts is not None and config.data.mode == "streamed" and config.data.streams == 0:
-            collect(layouts.streams, math.lcm(*(phase.global_batch_size for phase in layouts.phases.parts)))
+        if layouts is not None and config.data.mode == "streamed":
+            collect(layouts.streams, config.data.streams, n_workers=config.data.workers)
     collect(check_sinks, config.metrics)
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from titanarch.config.registry import ComponentConfig, Registry
 from titanarch.data.errors import DataError, ReplacedFile, UnreachableFile, UnreadableFile
-from titanarch.data.files import ByteStream, DataFile
+from titanarch.data.files import ByteStream
+from titanarch.data.listing import DataFile
 from titanarch.data.retry import Reading
 from titanarch.data.skips import Skips
 

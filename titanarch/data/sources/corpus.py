@@ -1,13 +1,13 @@
 """The corpus that comes with the package: 240 public-domain documents, 16 MB of English."""
 
-import hashlib
 import importlib.resources
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from titanarch.config.registry import ComponentConfig
-from titanarch.data.files import find_files
+from titanarch.data.checksums import sha256_of
+from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, Position, SourceConfig
 from titanarch.data.sources.jsonl import JsonLines
@@ -34,7 +34,7 @@ class CorpusSource(JsonLines):
         return Document(item["id"], item["text"], item["split"])
 
     def identity(self) -> list[Any]:
-        return ["corpus", _sha256(corpus_path())]  # the content, so that a reinstalled package finds its cache
+        return ["corpus", _checksum()]  # the content, so that a reinstalled package finds its cache
 
 
 def corpus_path() -> Path:
@@ -43,5 +43,5 @@ def corpus_path() -> Path:
 
 
 @cache
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _checksum() -> str:
+    return sha256_of(corpus_path())

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import Field
+from pydantic_core import from_json
 
 from titanarch.config.errors import did_you_mean, shown
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
-from titanarch.data.files import find_files
+from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 
@@ -44,7 +45,7 @@ class JsonLines(TextSource):
         """The JSON object of a line, whose text is checked to be a string."""
         url, line = self.files[position.file].url, position.record + 1
         try:
-            item = json.loads(record.decode("utf-8-sig" if position.offset == 0 else "utf-8"))
+            item = _parsed(record, may_have_mark=position.offset == 0)
         except UnicodeDecodeError as error:
             raise data_error(f"is not UTF-8: {error.reason} at byte {error.start} of the line", file=url, line=line) from error
         except json.JSONDecodeError as error:
@@ -63,6 +64,15 @@ class JsonLines(TextSource):
         item = self.parse_object(position, record)
         name = str(item[self.id_key]) if self.id_key else f"{self.files[position.file].name}:{position.record + 1}"
         return Document(name, item[self.text_key])
+
+
+def _parsed(line: bytes, *, may_have_mark: bool) -> Any:
+    """The value of a line: by a parser that is four times as fast, and where that refuses, by the standard library's, which takes
+    more (half of a surrogate pair, a byte-order mark) and says what is wrong."""
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line.decode("utf-8-sig" if may_have_mark else "utf-8"))
 
 
 @SOURCES.register("jsonl")

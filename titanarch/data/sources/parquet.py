@@ -9,7 +9,8 @@ from titanarch.config.errors import did_you_mean, shown
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import DamagedFile, data_error
-from titanarch.data.files import find_files, open_random_access
+from titanarch.data.files import open_random_access
+from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 

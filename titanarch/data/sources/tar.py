@@ -11,7 +11,8 @@ from titanarch.config.errors import did_you_mean, shown
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import DamagedFile, DataError, data_error
-from titanarch.data.files import BUFFER_BYTES, ByteStream, find_files
+from titanarch.data.files import BUFFER_BYTES, ByteStream
+from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 

@@ -8,7 +8,8 @@ from pydantic import Field
 from titanarch.config.registry import ComponentConfig
 from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
-from titanarch.data.files import BUFFER_BYTES, ByteStream, find_files
+from titanarch.data.files import BUFFER_BYTES, ByteStream
+from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from titanarch.config.registry import ComponentConfig
 from titanarch.data.errors import data_error
-from titanarch.data.files import is_local
+from titanarch.data.listing import is_local
 from titanarch.data.retry import Reading
 from titanarch.data.sources.base import SOURCES, Source, SourceConfig, Split
 
