@@ -47,11 +47,11 @@ class Reading:
     sleep: Callable[[float, threading.Event], None] = _wait
     draw: Callable[[], float] = _draw
 
-    def persist(self, operation: Callable[[int], Result], *, url: str, offset: int, closing: threading.Event) -> Result:
+    def persist(self, operation: Callable[[int], Result], *, url: str, offset: int, closing: threading.Event, unit: str = "byte") -> Result:
         """What ``operation`` returns, called with the number of failures before.
 
-        Raises UnreachableFile with ``url``, ``offset`` (bytes as stored) and the cause, where an error is final, attempts are
-        used up, or ``closing`` is set.
+        Raises UnreachableFile with ``url``, ``offset`` (bytes as stored, or what ``unit`` says) and the cause, where an error is
+        final, attempts are used up, or ``closing`` is set.
         """
         failures = 0
         while True:
@@ -64,10 +64,10 @@ class Reading:
                 cause = f"{type(error).__name__}: {error}"
                 if is_final(error) or failures >= self.retry.max_attempts or closing.is_set():
                     tried = f"after {failures} attempts" if failures > 1 else "at the first attempt"
-                    message = f"cannot be read at byte {offset}, {tried}: {cause}"
+                    message = f"cannot be read at {unit} {offset}, {tried}: {cause}"
                     raise data_error(message, file=url, kind=UnreachableFile) from error
                 log = logger.warning if failures >= LOUD_FAILURES else logger.info
-                log("%s: attempt %d at byte %d failed, trying again: %s", url, failures, offset, cause)
+                log("%s: attempt %d at %s %d failed, trying again: %s", url, failures, unit, offset, cause)
             self.sleep(self.backoff_seconds(failures), closing)
 
     def backoff_seconds(self, failures: int) -> float:

@@ -2,6 +2,7 @@
 
 from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, Source, SourceConfig, Split, TextSource
 from titanarch.data.sources.corpus import CorpusConfig, CorpusSource
+from titanarch.data.sources.huggingface import HuggingFaceConfig, HuggingFaceSource
 from titanarch.data.sources.jsonl import JsonlConfig, JsonlSource
 from titanarch.data.sources.mixture import MixedSourceConfig, MixtureConfig, MixtureSource
 from titanarch.data.sources.parquet import ParquetConfig, ParquetSource
@@ -15,6 +16,8 @@ __all__ = [
     "CorpusSource",
     "Document",
     "FilesConfig",
+    "HuggingFaceConfig",
+    "HuggingFaceSource",
     "JsonlConfig",
     "JsonlSource",
     "MixedSourceConfig",
