@@ -65,6 +65,18 @@ def test_documents_in_order_and_from_every_position(name: str, tmp_path: Path) -
         assert source.stored_bytes_read == source.stored_bytes
 
 
+@pytest.mark.parametrize(("name", "says"), [("a.jsonl", False), ("a.jsonl.gz", True)])
+def test_a_packed_file_says_that_it_is_read_again(name: str, says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    source = open_source(kind="jsonl", paths=[str(tmp_path / name)])
+    with caplog.at_level("INFO"):
+        whole = read(source)
+        assert caplog.text == ""
+        assert read(source, whole[5][0]) == whole[5:]
+    assert (f"{tmp_path / name} is packed: its first {whole[5][0].offset} bytes are unpacked again" in caplog.text) == says
+
+
 def test_remote_files(tmp_path: Path) -> None:
     """Through another file system of fsspec than the local one."""
     remote = fsspec.filesystem("memory")

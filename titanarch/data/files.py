@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -14,6 +15,8 @@ from titanarch.data.packed import PACKED_BYTES, Damaged, is_packed, unpacked_blo
 from titanarch.data.read_ahead import ReadAhead
 from titanarch.data.remote import RemoteFile, replaced
 from titanarch.data.retry import Reading
+
+logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 1 << 20
 
@@ -52,6 +55,8 @@ class ByteStream:
         if not is_packed(file.url):
             self._raw.seek(offset)
             offset = 0
+        elif offset:
+            logger.info("%s is packed: its first %d bytes are unpacked again to go on after them", file.url, offset)
         blocks = self._checked_blocks()
         self._ahead = ReadAhead(blocks, n_bytes=reading.read_ahead_bytes) if reading.read_ahead_bytes and not is_local(file.url) else None
         self._stream = io.BufferedReader(_Blocks(self._ahead or blocks), BUFFER_BYTES)
