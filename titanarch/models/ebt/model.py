@@ -175,7 +175,7 @@ class EBT(Model):
                 p_BTV = shaken(p_BTV.detach() if config.detach else p_BTV, seq, config.langevin_noise, number)
                 u_BTD, _ = self.landscape(embedded(p_BTV, weight_VD), contexts, seq)
                 size_BT = self._size().to(dtype) * size_factors(seq, config.random_step_scale, number, dtype) * is_taken_B[:, None]
-                scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT)
+                scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT, gradient_by=config.gradient_by)
             is_last_B = (count_B == number + 1).to(dtype)
             objective_B = is_last_B if config.loss == "last" else is_taken_B / count_B.to(dtype)
             yield Step(scored, objective_B, is_last_B)
