@@ -2,10 +2,11 @@
 
 A prediction is a distribution over the vocabulary, kept as logits p [B, T, V]. From a start p0,
 
-    e = softmax(p) W,    p <- p - a dE(e; contexts) / dp,    loss = cross-entropy of p after each step
+    s = softmax(p),    e = s W,    p <- s - a dE(e; contexts) / ds,    loss = cross-entropy of p after each step
 
 where E is a transformer that reads T contexts and T predictions and gives a number for each prediction. Training differentiates
-through the step, so second derivatives of E train it. The authors' code is github.com/alexiglad/EBT.
+through the step, so second derivatives of E train it. The authors' code is github.com/alexiglad/EBT; like it, a step starts from s and
+differentiates by s. By the logits, p <- p - a dE / dp, each change would be a probability, about 1 / V, times something.
 
 Shapes: B rows, T tokens, D model dim, V vocabulary.
 """
