@@ -262,7 +262,7 @@ def test_training_lowers_the_loss(table: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("table", [{}, {"detach": False, "loss": "last", "n_steps": 1, "random_steps": 2, "random_step_scale": 2.0}])
 def test_a_large_vocabulary_is_learned(table: dict[str, Any]) -> None:
-    """By the logits, of the size of 1 / n_tokens, no step moves a prediction far: the mean loss stays above ln n_tokens."""
+    """By the logits, where a step is of the size of 1 / n_tokens, the loss stays near ln n_tokens."""
     n_tokens = 1024
     losses = list(_descent({**table, "step_size": 1.0}, n_tokens=n_tokens, n_steps=40))
     assert sum(losses[-10:]) / 10 < 0.85 * math.log(n_tokens), losses

@@ -52,9 +52,7 @@ def embedded(p_BTV: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.cat(parts).unflatten(0, p_BTV.shape[:2])
 
 
-def descended(
-    p_BTV: Tensor, u_BTD: Tensor, weight_VD: Tensor, size_BT: Tensor, labels_BT: Tensor, *, gradient_by: GradientBy
-) -> Scored:
+def descended(p_BTV: Tensor, u_BTD: Tensor, weight_VD: Tensor, size_BT: Tensor, labels_BT: Tensor, *, gradient_by: GradientBy) -> Scored:
     """One step down: p', and what it costs on the labels. ``size_BT``: the step size of each token."""
     descend = _descend_by_distribution if gradient_by == "distribution" else _descend_by_logits
     p_NV, u_ND, size_N, labels_N = p_BTV.flatten(0, 1), u_BTD.flatten(0, 1), size_BT.flatten(), labels_BT.flatten()
