@@ -111,7 +111,9 @@ def dense_objective(model: EBT, tokens_BT: Tensor, seq: SequenceInfo, labels_BT:
             p = p.detach().requires_grad_()
         if config.langevin_noise:
             p = p + config.langevin_noise * normal(**draws, site=SITE + 2 + 2 * i).double()
-        energy = dense_energies(model, tokens_BT, p.softmax(-1) @ table, seq, min(i, config.n_steps - 1)).sum()
+        s = p.softmax(-1)
+        energy = dense_energies(model, tokens_BT, s @ table, seq, min(i, config.n_steps - 1)).sum()
+        p = s if config.gradient_by == "distribution" else p
         (gradient,) = torch.autograd.grad(energy, p, create_graph=True)
         scale = config.random_step_scale
         factor = 1 / scale + _uniform(seq, SITE + 3 + 2 * i) * (scale - 1 / scale)

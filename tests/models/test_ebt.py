@@ -1,5 +1,6 @@
 """The energy-based transformer against dense attention over both streams, and autograd's own second derivatives."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "s2": S2,
     "s2, three landscapes": {**S2, "n_steps": 3, "loss": "mean"},
     "s2, detached": {**S2, "detach": True, "n_steps": 2},
+    "s1, by the logits": {"gradient_by": "logits"},
+    "s2, by the logits": {**S2, "gradient_by": "logits"},
     "grouped queries, swiglu, layernorm, zeros": {
         "mixer": {"n_kv_heads": 2, "qk_norm": True},
         "channel": {"kind": "swiglu", "d_ff": 24},
@@ -138,13 +141,15 @@ def test_cost_counts_parameters_and_the_products_of_training(name: str) -> None:
     assert counted == pytest.approx(cost.training_flops_per_token - own + again, rel=0.06)
 
 
-def test_no_step_leaves_the_first_prediction() -> None:
-    model, (tokens, _) = ebt({"step_size": 1e-15, "learn_step_size": False}), batch()
+@pytest.mark.parametrize("gradient_by", ["distribution", "logits"])
+def test_no_step_leaves_the_first_prediction(gradient_by: str) -> None:
+    model, (tokens, _) = ebt({"step_size": 1e-15, "learn_step_size": False, "n_steps": 1, "gradient_by": gradient_by}), batch()
     with torch.no_grad():
         logits = model.logits(tokens, packed((4, 5), n_rows=2))
     position = torch.cat([torch.arange(4), torch.arange(5)])
     noise = normal(seed=0, row_B=torch.zeros(1, dtype=torch.int64), index_T=position, site=1 << 20, n_channels=V)
-    torch.testing.assert_close(logits, noise.double().expand_as(logits), rtol=0, atol=1e-9)
+    start = noise.double() if gradient_by == "logits" else noise.double().softmax(-1)
+    torch.testing.assert_close(logits, start.expand_as(logits), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["s1", "s2"])
@@ -191,6 +196,7 @@ def _loss(table: dict[str, Any], *, seed: int | None = 3) -> float:
         ({"random_step_scale": 2.0}, False),
         ({"langevin_noise": 0.2}, False),
         ({"start": "zeros"}, True),
+        ({"gradient_by": "logits"}, True),
         ({"loss": "last"}, True),
         ({"step_embedding": False}, True),
         ({"prediction_embedding": "tied"}, True),
@@ -233,20 +239,30 @@ def test_draws_do_not_depend_on_which_rows_are_together() -> None:
     torch.testing.assert_close(together.total, apart[0].total + apart[1].total, rtol=1e-12, atol=0)
 
 
-def _descent(table: dict[str, Any]) -> Iterator[float]:
-    model, (tokens, labels) = ebt(table, dtype=torch.float32), batch(4)
+def _descent(table: dict[str, Any], *, n_tokens: int = V, n_steps: int = 12) -> Iterator[float]:
+    config = EBTConfig.model_validate({**BASE, "init": {"std": 0.05}, **table})
+    model = EBT(config, n_tokens, T)
+    model.reset_parameters(Init(config.init, names=qualified_names(model), seed=0, n_layers=config.n_layers))
+    drawn = torch.randint(n_tokens, (4, T + 1), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(12):
-        seq = SequenceInfo.whole(4, T, seed=0, first_row=4 * step)
-        found = model(tokens, seq, labels)
-        yield float(found.loss_sum / found.n_targets)
+    for step in range(n_steps):
+        found = model(drawn[:, :-1], SequenceInfo.whole(4, T, seed=0, first_row=4 * step), drawn[:, 1:])
+        yield float((found.loss_sum / found.n_targets).detach())
         optimizer.zero_grad()
         (found.total / found.n_targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
-@pytest.mark.parametrize("table", [{"step_size": 30.0}, {"step_size": 30.0, "detach": False, "loss": "last", "langevin_noise": 0.1}])
+@pytest.mark.parametrize("table", [{}, {"detach": False, "loss": "last", "langevin_noise": 0.1}])
 def test_training_lowers_the_loss(table: dict[str, Any]) -> None:
-    losses = list(_descent({**table, "init": {"std": 0.05}}))
+    losses = list(_descent({**table, "gradient_by": "logits", "step_size": 30.0}))
     assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.parametrize("table", [{}, {"detach": False, "loss": "last", "n_steps": 1, "random_steps": 2, "random_step_scale": 2.0}])
+def test_a_large_vocabulary_is_learned(table: dict[str, Any]) -> None:
+    """By the logits, where a step is of the size of 1 / n_tokens, the loss stays near ln n_tokens."""
+    n_tokens = 1024
+    losses = list(_descent({**table, "step_size": 1.0}, n_tokens=n_tokens, n_steps=40))
+    assert sum(losses[-10:]) / 10 < 0.85 * math.log(n_tokens), losses

@@ -69,6 +69,11 @@ class EBTConfig(ModelConfig):
     start: Literal["noise", "zeros"] = Field(
         "noise", description="the first prediction, logits: N(0, 1) noise, or zeros (all tokens alike)"
     )
+    gradient_by: Literal["distribution", "logits"] = Field(
+        "distribution",
+        description="what the energy is differentiated by and the step starts from; distribution: softmax(p), after which the result is "
+        "read as logits, as the authors' code does; logits: p",
+    )
     detach: bool = Field(True, description="no gradient passes from a step to the one before")
     loss: Literal["mean", "last"] = Field("mean", description="cross-entropy of all steps' predictions, averaged; or of the last one alone")
     replay_buffer: bool = Field(False, description="start some rows from their predictions of earlier steps; not built, so only false")

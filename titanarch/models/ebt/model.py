@@ -2,10 +2,11 @@
 
 A prediction is a distribution over the vocabulary, kept as logits p [B, T, V]. From a start p0,
 
-    e = softmax(p) W,    p <- p - a dE(e; contexts) / dp,    loss = cross-entropy of p after each step
+    s = softmax(p),    e = s W,    p <- s - a dE(e; contexts) / ds,    loss = cross-entropy of p after each step
 
 where E is a transformer that reads T contexts and T predictions and gives a number for each prediction. Training differentiates
-through the step, so second derivatives of E train it. The authors' code is github.com/alexiglad/EBT.
+through the step, so second derivatives of E train it. The authors' code is github.com/alexiglad/EBT; like it, a step starts from s and
+differentiates by s. By the logits, p <- p - a dE / dp, each change would be a probability, about 1 / V, times something.
 
 Shapes: B rows, T tokens, D model dim, V vocabulary.
 """
@@ -175,7 +176,7 @@ class EBT(Model):
                 p_BTV = shaken(p_BTV.detach() if config.detach else p_BTV, seq, config.langevin_noise, number)
                 u_BTD, _ = self.landscape(embedded(p_BTV, weight_VD), contexts, seq)
                 size_BT = self._size().to(dtype) * size_factors(seq, config.random_step_scale, number, dtype) * is_taken_B[:, None]
-                scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT)
+                scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT, gradient_by=config.gradient_by)
             is_last_B = (count_B == number + 1).to(dtype)
             objective_B = is_last_B if config.loss == "last" else is_taken_B / count_B.to(dtype)
             yield Step(scored, objective_B, is_last_B)

@@ -1,8 +1,9 @@
 """What a refinement step does over the vocabulary, a chunk of tokens at a time, and what it draws.
 
-With s = softmax(p) and u the energy's gradient by e = s W, the gradient by the logits p is
+With s = softmax(p) and u the energy's gradient by e = s W, a step is one of
 
-    dE/dp = s * (u W^T - <s, u W^T>),    p' = p - a dE/dp
+    by the distribution:  p' = s - a dE/ds,    dE/ds = u W^T
+    by the logits:        p' = p - a dE/dp,    dE/dp = s * (u W^T - <s, u W^T>)
 
 so only vectors of width D are differentiated by ``torch.func.grad``. A chunk's [C, V] intermediates are computed again in the
 backward: of each step one [B, T, V] state in fp32 is kept, and nothing else of that size.
@@ -11,7 +12,7 @@ Shapes: B rows, T tokens, N = B T tokens, C tokens of a chunk, D model dim, V vo
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,10 @@ _START, _COUNT, _STEPS = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
 """Sites of draws, above those of blocks; a step has two from _STEPS on."""
 
 
+GradientBy = Literal["distribution", "logits"]
+ScoredChunk = tuple[Tensor, Tensor, Tensor]
+
+
 class Scored(NamedTuple):
     """After a step: logits [B, T, V], and cross-entropy and squared log-partition [B, T], 0 without a target."""
 
@@ -47,10 +52,11 @@ def embedded(p_BTV: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.cat(parts).unflatten(0, p_BTV.shape[:2])
 
 
-def descended(p_BTV: Tensor, u_BTD: Tensor, weight_VD: Tensor, size_BT: Tensor, labels_BT: Tensor) -> Scored:
+def descended(p_BTV: Tensor, u_BTD: Tensor, weight_VD: Tensor, size_BT: Tensor, labels_BT: Tensor, *, gradient_by: GradientBy) -> Scored:
     """One step down: p', and what it costs on the labels. ``size_BT``: the step size of each token."""
+    descend = _descend_by_distribution if gradient_by == "distribution" else _descend_by_logits
     p_NV, u_ND, size_N, labels_N = p_BTV.flatten(0, 1), u_BTD.flatten(0, 1), size_BT.flatten(), labels_BT.flatten()
-    parts = [_recomputed(_descend, p_NV[part], u_ND[part], weight_VD, size_N[part], labels_N[part]) for part in _chunks(p_NV)]
+    parts = [_recomputed(descend, p_NV[part], u_ND[part], weight_VD, size_N[part], labels_N[part]) for part in _chunks(p_NV)]
     p_NV, loss_N, z_N = (torch.cat(column) for column in zip(*parts, strict=True))
     return Scored(p_NV.view_as(p_BTV), loss_N.view_as(labels_BT), z_N.view_as(labels_BT))
 
@@ -87,11 +93,19 @@ def _embed(p_CV: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.softmax(p_CV, -1).to(weight_VD.dtype) @ weight_VD
 
 
-def _descend(p_CV: Tensor, u_CD: Tensor, weight_VD: Tensor, size_C: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _descend_by_distribution(p_CV: Tensor, u_CD: Tensor, weight_VD: Tensor, size_C: Tensor, labels_C: Tensor) -> ScoredChunk:
+    gradient_CV = (u_CD @ weight_VD.t()).to(p_CV.dtype)
+    return _score(torch.softmax(p_CV, -1) - size_C[:, None] * gradient_CV, labels_C)
+
+
+def _descend_by_logits(p_CV: Tensor, u_CD: Tensor, weight_VD: Tensor, size_C: Tensor, labels_C: Tensor) -> ScoredChunk:
     s_CV = torch.softmax(p_CV, -1)
     h_CV = (u_CD @ weight_VD.t()).to(p_CV.dtype)
     gradient_CV = s_CV * (h_CV - (s_CV * h_CV).sum(-1, keepdim=True))
-    p_CV = p_CV - size_C[:, None] * gradient_CV
+    return _score(p_CV - size_C[:, None] * gradient_CV, labels_C)
+
+
+def _score(p_CV: Tensor, labels_C: Tensor) -> ScoredChunk:
     lse_C = torch.logsumexp(p_CV, -1)
     is_target_C = labels_C != IGNORED
     loss_C = F.cross_entropy(p_CV, labels_C, ignore_index=IGNORED, reduction="none")
