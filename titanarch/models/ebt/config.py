@@ -19,6 +19,7 @@ from titanarch.models.norms import LayerNormConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+GradientBy = Literal["distribution", "logits"]
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     name: table for name, table in FLAVORS.items() if table.keys() <= {"n_layers", "d_model", "n_heads", "channel"}
@@ -69,7 +70,7 @@ class EBTConfig(ModelConfig):
     start: Literal["noise", "zeros"] = Field(
         "noise", description="the first prediction, logits: N(0, 1) noise, or zeros (all tokens alike)"
     )
-    gradient_by: Literal["distribution", "logits"] = Field(
+    gradient_by: GradientBy = Field(
         "distribution",
         description="what the energy is differentiated by and the step starts from; distribution: softmax(p), after which the result is "
         "read as logits, as the authors' code does; logits: p",

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, N = B T tokens, C tokens of a chunk, D model dim, V vo
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from titanarch.contract.sequence import SequenceInfo
+from titanarch.models.ebt.config import GradientBy
 from titanarch.ops.counter_random import normal, uniform, uniform_integers
 from titanarch.ops.cross_entropy import IGNORED
 
@@ -32,8 +33,6 @@ EVALUATION_SEED = 0
 _START, _COUNT, _STEPS = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
 """Sites of draws, above those of blocks; a step has two from _STEPS on."""
 
-
-GradientBy = Literal["distribution", "logits"]
 ScoredChunk = tuple[Tensor, Tensor, Tensor]
 
 
