@@ -31,7 +31,7 @@ BASE: Table = {
 }
 
 
-EBT: Table = {**BASE, "name": "ebt", "step_size": 5.0}
+EBT: Table = {**BASE, "name": "ebt", "step_size": 0.2}  # with 1 a few updates make rounding visible: 6e-5 in the losses
 EBT_KEYS = {"optimizer.lr_multipliers.step_size": 1.0}
 
 HNET: Table = {key: value for key, value in BASE.items() if key != "n_layers"} | {"name": "hnet", "embedding_std": 0.2}
