@@ -35,7 +35,8 @@ a part of them, as many active ones, as each file says.
 
 Read it with care. {total_tokens:,} tokens are {share:.0%} of an epoch and far from convergence; one learning rate serves all, tuned for
 none; tokens/s and memory are those of plain PyTorch on a CPU ({machine}; {jobs} at a time, threads of each: {threads}), where no
-kernel of a GPU runs. Differences below the spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
+kernel of a GPU runs; other work on the machine slows runs, so compare tokens/s only where there was none. Differences below the
+spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
 
 First loss: of the first step, before any update, mean over seeds; a model that knows nothing has ln 8,192 = 9.011, and the spread
 of its first logits adds half their variance. Loss: on the validation rows in nats a token, mean and sample standard deviation over
