@@ -30,6 +30,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 
 DEFERRED = {
     "causal_conv1d": "needs a CUDA build",
+    "datasets": "an extra, and slow",
     "fla": "needs a GPU",
     "mamba_ssm": "needs a CUDA build",
     "matplotlib": "slow, and only a drawn plot needs it",

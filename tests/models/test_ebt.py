@@ -172,12 +172,16 @@ def test_no_prediction_sees_a_later_token(name: str) -> None:
     assert ((before[:, 5:] - after[:, 5:]).abs().amax(-1) > 1e-6).all()
 
 
-def test_token_losses_are_those_of_the_logits_after_refinement() -> None:
-    model, (tokens, labels), seq = ebt(S2), batch(), SequenceInfo.whole(2, T)
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_losses_are_those_of_the_logits_after_refinement(seed: int | None) -> None:
+    """With a seed each row takes steps of its own number, and what it has after its last one counts."""
+    model, (tokens, labels), seq = ebt(S2), batch(), SequenceInfo.whole(2, T, seed=seed)
     with torch.no_grad():
         losses, logits = model.token_losses(tokens, seq, labels), model.logits(tokens, seq)
+        loss_sum = model(tokens, seq, labels).loss_sum
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
     torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(loss_sum, expected.sum())
     assert losses[0, 3] == 0
 
 

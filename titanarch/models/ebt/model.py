@@ -37,9 +37,10 @@ SMALLEST_STEP = 1e-4
 
 
 class Step(NamedTuple):
-    """A refinement step: what came of it, and each row's weight in the objective and in the loss that is reported, [B]."""
+    """A refinement step: what came of it; of each row, [B], whether it took it, and its weight in the objective and the loss reported."""
 
     scored: Scored
+    is_taken_B: Tensor
     objective_B: Tensor
     reported_B: Tensor
 
@@ -147,11 +148,13 @@ class EBT(Model):
         return self._refined(tokens_BT, seq, torch.full_like(tokens_BT, IGNORED)).p_BTV
 
     def _refined(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Scored:
-        scored = None
-        for step in self._steps(tokens_BT, seq, labels_BT):
-            scored = step.scored
-        assert scored is not None, "there is at least one step"
-        return scored
+        """What each row has after the last step that it took."""
+        steps = self._steps(tokens_BT, seq, labels_BT)
+        refined = next(steps).scored  # every row takes the first
+        for step in steps:
+            after = zip(step.scored, refined, strict=True)
+            refined = Scored(*(torch.where(step.is_taken_B.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in after))
+        return refined
 
     def _steps(self, tokens_BT: Tensor, seq: SequenceInfo, labels_BT: Tensor) -> Iterator[Step]:
         """The steps of a forward, one after the other."""
@@ -179,7 +182,7 @@ class EBT(Model):
                 scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT, gradient_by=config.gradient_by)
             is_last_B = (count_B == number + 1).to(dtype)
             objective_B = is_last_B if config.loss == "last" else is_taken_B / count_B.to(dtype)
-            yield Step(scored, objective_B, is_last_B)
+            yield Step(scored, is_taken_B, objective_B, is_last_B)
             p_BTV = scored.p_BTV
 
     def _size(self) -> Tensor:
