@@ -48,6 +48,17 @@ def test_end_token_decodes_to_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_document_ends_with_the_end_token_if_there_is_one(kind: str) -> None:
+    tokenizer = build(kind)
+    for eos_id, end in ((tokenizer.eos_id, [tokenizer.eos_id]), (None, [])):
+        tokenizer.eos_id = eos_id
+        for text in TEXTS:
+            ids = tokenizer.encode_document(text)
+            assert ids.dtype == np.int32
+            assert ids.tolist() == [*tokenizer.encode(text).tolist(), *end]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_token_bytes_add_up_to_the_text(kind: str) -> None:
     tokenizer = build(kind)
     dummy = 1 if kind == "sentencepiece" else 0  # the space that SentencePiece puts before the first piece

@@ -132,7 +132,6 @@ class StreamReader:
         self._packing, self._shuffle = packing, shuffle
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
-        self._end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
         self._state = {stream: _Stream(begin, begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
         self._aside = _Aside()
@@ -171,19 +170,24 @@ class StreamReader:
 
     def _next_document(self, stream: _Stream) -> None:
         """Tokenize the next document of ``stream``."""
+        epoch, place, text = self._put_aside(stream) if stream.waiting else self._found(stream)
+        stream.tokenized.append((epoch, place, self._tokenizer.encode_document(text)))
+
+    def _put_aside(self, stream: _Stream) -> tuple[int, Record, str]:
+        epoch, place, kept = stream.waiting.popleft()
+        return epoch, place, self._aside.take(kept)
+
+    def _found(self, stream: _Stream) -> tuple[int, Record, str]:
+        """The next document of ``stream``; those of others that come before it are put aside."""
         self._scan = self._scan or self._scanned()
-        while not stream.waiting:
-            epoch, record, place = next(self._scan)
+        for epoch, record, place in self._scan:
             owner = self._state.get(place.number % self._n_streams)
             if owner is not None and (epoch, place.number) >= (owner.begin.epoch, owner.begin.number):
                 text = self._source.document(record).text
+                if owner is stream:
+                    return epoch, place, text
                 owner.waiting.append((epoch, place, self._aside.put(text)))
-        epoch, place, kept = stream.waiting.popleft()
-        ids = self._tokenizer.encode(self._aside.take(kept))
-        tokens = np.empty(len(ids) + len(self._end), dtype=np.int32)
-        tokens[: len(ids)] = ids
-        tokens[len(ids) :] = self._end
-        stream.tokenized.append((epoch, place, tokens))
+        raise AssertionError("passes never end")
 
     def next_row(self, number: int) -> StreamRow:
         """The next row of stream ``number``."""

@@ -41,6 +41,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The ids of ``text``, int32 [n]. Neither bos nor eos is added; text that spells one stays text."""
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """The ids of ``text`` and, where there is one, the token that ends a document, int32 [n]."""
+        ids = self.encode(text)
+        return ids if self.eos_id is None else np.append(ids, np.int32(self.eos_id))
+
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ``ids``; control tokens give nothing."""

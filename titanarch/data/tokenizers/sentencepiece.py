@@ -42,6 +42,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return self._model.encode_as_numpy(text)
 
+    def encode_document(self, text: str) -> np.ndarray:
+        return self._model.encode_as_numpy(text, add_eos=self.eos_id is not None)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(token) for token in ids])
 
