@@ -94,6 +94,10 @@ class BaseMixer(nn.Module, ABC):
         """
         return ""
 
+    def note_on(self, device_type: str, *, compiled: bool) -> str:
+        """What it chose on devices of this type where its table leaves it open; empty where nothing is."""
+        return ""
+
     def grow_from(self, base: Any) -> None:
         """Become what this mixer is at its width when its settings were found on ``base``, the same one at another width.
 
