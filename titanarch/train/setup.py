@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run: model, loader, optimizers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,6 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
     notes = division.notes + float8_notes(config.quantize.linear.float8, device_type)
-    notes += kernel_notes(model, device_type, compiled=config.compile.enable and trains)
     return LaidOut(model, mesh, names, roles, cost, notes, growth)
 
 
@@ -93,7 +92,8 @@ def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, tra
     init = getattr(config.model, "init", InitConfig())
     device = torch.device("cpu") if config.parallelism.enable_cpu_offload else processes.device
     materialize(laid_out.model, laid_out.names, init, seed=config.debug.seed, device=device, growth=laid_out.growth)
-    return laid_out
+    compiled = config.compile.enable and trains
+    return replace(laid_out, notes=laid_out.notes + kernel_notes(laid_out.model, processes.device.type, compiled=compiled))
 
 
 @dataclass(frozen=True)
