@@ -54,6 +54,9 @@ class MixerConfig(ComponentConfig):
     def check_sizes(self, d_model: int) -> None:
         """A ValueError where the sizes do not fit a model of this width."""
 
+    def check_first(self, first: "MixerConfig", d_model: int) -> None:
+        """A ValueError where a block of this mixer needs another one than ``first`` in block 0."""
+
 
 class Mix(Protocol):
     """The mix step as parallel/ may wrap it."""
