@@ -1,6 +1,7 @@
 """Which backend a recurrence takes, what a run says of it, and the call of mamba-ssm, whose package is replaced."""
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,17 @@ import torch
 from torch import Tensor
 
 import titanarch.models.components  # noqa: F401 (registers all)
+from titanarch.config.dump import dump_toml
+from titanarch.config.errors import ConfigError
+from titanarch.config.load import load_config
 from titanarch.contract.model import MODELS
 from titanarch.models.mixers import mamba2
 from titanarch.models.mixers.mamba2 import Mamba2, Mamba2Config
 from titanarch.ops import recurrence_backend
 from titanarch.ops._decay_kernels import mamba_ssm_recurrence
-from titanarch.train.setup import kernel_notes
+from titanarch.train.processes import Processes
+from titanarch.train.run_config import RunConfig
+from titanarch.train.setup import kernel_notes, open_run
 
 CUDA: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
 KERNELS = ("mamba_ssm", "fla")
@@ -53,6 +59,15 @@ def test_a_run_says_once_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[1] == "GLA: recurrence by fla"
     assert notes("cuda", compiled=True)[1] == "GLA: recurrence by reference in training, whose graphs hold no kernels; in evaluation fla"
     assert notes("cuda", mamba2={"backend": "reference"}, gla={"backend": "fla"}) == []
+
+
+def test_evaluation_refuses_a_kernel_that_cannot_run_here(tmp_path: Path) -> None:
+    """Of a run that was trained on CUDA; before anything is loaded."""
+    debug = Path(__file__).resolve().parents[2] / "train_configs" / "debug.toml"
+    overrides = ["--model.layers", '["gla"]', "--model.mixers.gla.backend", "fla"]
+    (tmp_path / "config.toml").write_text(dump_toml(load_config(debug, overrides, RunConfig).config))
+    with pytest.raises(ConfigError, match="GLA: backend 'fla' is for CUDA, and this is cpu"):
+        open_run(tmp_path, Processes(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("starts_at", [None, [(0, 0), (0, 5), (1, 3)], [(1, 0)]])

@@ -68,8 +68,8 @@ class AttentionConfig(SoftmaxConfig):
         if not (passes_on and self._value_shape(d_model) == first._value_shape(d_model)):
             raise ValueError(
                 f"{self.kind}: value_residual ('{self.value_residual}') mixes in the values of block 0, whose mixer ({first.kind}) passes "
-                "on none of this shape: begin layers with an attention mixer of the same n_kv_heads and head_dim and with value_residual, or "
-                "set it to 'none'"
+                "on none of this shape: begin layers with an attention mixer of the same n_kv_heads and head_dim and with value_residual, "
+                "or set it to 'none'"
             )
 
     def _value_shape(self, d_model: int) -> tuple[int, int]:
