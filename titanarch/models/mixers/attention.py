@@ -64,8 +64,8 @@ class AttentionConfig(SoftmaxConfig):
         """The values of block 0 are mixed in, so it must make such ones and pass them on."""
         if self.value_residual == "none":
             return
-        passes_on = isinstance(first, AttentionConfig) and first.value_residual != "none"
-        if not (passes_on and self._value_shape(d_model) == first._value_shape(d_model)):
+        passed_on = first._value_shape(d_model) if isinstance(first, AttentionConfig) and first.value_residual != "none" else None
+        if passed_on != self._value_shape(d_model):
             raise ValueError(
                 f"{self.kind}: value_residual ('{self.value_residual}') mixes in the values of block 0, whose mixer ({first.kind}) passes "
                 "on none of this shape: begin layers with an attention mixer of the same n_kv_heads and head_dim and with value_residual, "
