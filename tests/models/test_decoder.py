@@ -207,6 +207,35 @@ def test_impossible_tables_are_refused(table: dict[str, Any], message: str) -> N
         DecoderConfig.model_validate({**BASE, **table})
 
 
+RESIDUAL = {"value_residual": "half"}
+BOTH_RESIDUAL = {"attention": RESIDUAL, "local": {"kind": "attention", "window": 6, "value_residual": "learned"}}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"layers": ["mamba2", "attention"], "mixers": {"attention": RESIDUAL}},
+        {"layers": ["nope", "attention"], "mixers": {"attention": RESIDUAL, "nope": {"kind": "attention"}}},
+        {"layers": ["wide", "attention"], "mixers": {"attention": RESIDUAL, "wide": {"kind": "attention", "head_dim": 16, **RESIDUAL}}},
+        {"layers": ["diff_attention", "attention"], "mixers": {"attention": RESIDUAL, "diff_attention": {"n_kv_heads": 2, **RESIDUAL}}},
+    ],
+    ids=["another mixer", "without it", "wider heads", "fewer value heads"],
+)
+def test_a_value_residual_needs_values_of_its_shape_from_the_first_block(table: dict[str, Any]) -> None:
+    """In any order in which the first block has none; a pattern longer than the depth does not name the mixers beyond it."""
+    with pytest.raises(ValueError, match=r"attention: value_residual .* mixes in the values of block 0"):
+        DecoderConfig.model_validate({**BASE, **table})
+    layers = table["layers"][::-1]
+    if "nope" in layers or "mamba2" in layers:
+        DecoderConfig.model_validate({**BASE, **table, "layers": layers})
+    DecoderConfig.model_validate({**BASE, **table, "n_layers": 1})
+
+
+def test_a_value_residual_may_pass_between_tables() -> None:
+    model = decoder({"layers": ["attention", "local"], "mixers": BOTH_RESIDUAL, "position": {"relative": "rotary"}})
+    assert model.logits(tokens(), SequenceInfo.whole(2, T)).isfinite().all()
+
+
 def test_a_table_shorter_than_the_augmentation_is_refused() -> None:
     with pytest.raises(ConfigError, match="raise max_length"):
         decoder({"position": {"absolute": {"kind": "learned", "max_length": 64}, "start_augmentation": 100}})

@@ -283,6 +283,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     assert "t5 is a bias by distance" in why(mixers={"cross": {"position": "t5"}})
     assert "has no window" in why(mixers={"cross": {"window": 4}})
     assert "no value_residual" in why(mixers={"cross": {"value_residual": "half"}})
+    assert "values of block 0" in why(layers=["gla", "attention"], mixers={"attention": {"value_residual": "half"}})
     with pytest.raises(ConfigError, match="10 are fewer than the 26 spans of a row of 512 tokens"):
         EncoderDecoder(config_of(), V, 512)
     model = built()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import run_distributed
 from tests.models.hnet_oracle import BASE, LENGTHS, ONE_STAGE, TWO_STAGES, VARIANTS, Oracle, T, V, hnet, packed, tokens
@@ -114,6 +115,30 @@ def test_decoding_by_step_equals_the_whole_forward(name: str) -> None:
 
 def with_capacity(table: dict[str, Any], capacity: float) -> dict[str, Any]:
     return {**table, "stages": [{**stage, "capacity": capacity} for stage in table["stages"]]}
+
+
+def loss_of(model: HNet, seq: SequenceInfo) -> Tensor:
+    """With the ratio losses, weighed so that they count."""
+    row = tokens()
+    objective = model(row, seq, row.roll(-1, 1))
+    return objective.total + sum(7.0 * ratio_loss(objective, number) for number in range(len(model.stages)))
+
+
+def test_with_fewer_slots_it_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its body is one graph, with the eager losses and gradients."""
+    model, seq = hnet(with_capacity(ONE_STAGE, 0.5)), packed()
+    eager = {"loss": loss_of(model, seq), **gradients(model, loss_of(model, seq))}
+    torch._dynamo.reset()
+    monkeypatch.setattr(model, "body", torch.compile(model.body, backend="aot_eager", fullgraph=True, dynamic=False))
+    torch.testing.assert_close({"loss": loss_of(model, seq), **gradients(model, loss_of(model, seq))}, eager, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_number_comes_to_the_host(name: str) -> None:
+    """Forward and backward run on tensors that have no data."""
+    model, seq = hnet(VARIANTS[name]), packed()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert gradients(model, loss_of(model, seq)).keys() == dict(model.named_parameters()).keys()
 
 
 def test_fewer_slots_change_nothing_while_the_chunks_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,10 @@ def test_initial_weights() -> None:
         ({"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "capacity": 1.5}]}, "less than or equal to 1"),
         ({"stages": [{"encoder": ATTENTION, "decoder": ATTENTION, "ratio": 1.0}]}, "greater than 1"),
         ({"main": {"layers": ["no_such_mixer"]}}, "unknown mixer 'no_such_mixer'"),
+        (
+            {"main": {"layers": ["gla", "attention"]}, "mixers": {"attention": {"value_residual": "half"}}},
+            "attention: value_residual .* mixes in the values of block 0",
+        ),
     ],
 )
 def test_impossible_tables(table: dict[str, Any], message: str) -> None:

@@ -52,7 +52,6 @@ def test_causal_conv1d_is_called_for_the_same_convolution(
 def test_where_the_kernel_of_short_convolutions_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA, with 2 to 4 taps and channels in eights, where it is installed and wanted."""
     monkeypatch.setattr(recurrence_backend, "import_failure", lambda package: "")
-    recurrence_backend._first_installed.cache_clear()
     x: Any = SimpleNamespace(shape=(1, 4, 16), device=torch.device("cuda"), dtype=torch.bfloat16)
     assert recurrence_backend.convolution("auto", x, 4) == "causal_conv1d"
     assert recurrence_backend.convolution("mamba_ssm", x, 2) == "causal_conv1d"
@@ -62,9 +61,7 @@ def test_where_the_kernel_of_short_convolutions_serves(monkeypatch: pytest.Monke
         other: Any = SimpleNamespace(**{**vars(x), **change})
         assert recurrence_backend.convolution("auto", other, 4) == "reference", change
     monkeypatch.setattr(recurrence_backend, "import_failure", lambda package: "absent")
-    recurrence_backend._first_installed.cache_clear()
     assert recurrence_backend.convolution("auto", x, 4) == "reference"
-    recurrence_backend._first_installed.cache_clear()
 
 
 @pytest.mark.gpu

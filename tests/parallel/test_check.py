@@ -99,6 +99,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--parallelism.pipeline_parallel_degree", "2"],
         ["[parallelism] pipeline_parallel_degree", "no pipeline parallelism"],
     ),
+    "experts": (
+        2,
+        ["--parallelism.expert_parallel_degree", "2"],
+        ["[parallelism] expert_parallel_degree", "no expert parallelism", "tensor_parallel_degree the hidden units of each; use 1"],
+    ),
     "short rows, another packing and the ledger": (
         1,
         ["--training.phases=[{steps = 4, seq_len = 16, global_batch_size = 8}]", "--data.packing=best_fit", "--data.ledger=true"],

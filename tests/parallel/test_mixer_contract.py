@@ -74,13 +74,16 @@ MIXERS = {
         "mla", q_rank=6, rotary_dim=2, value_dim=3, kv_rank=10, position=["linear_cpb", "rotary"], window=9, sinks=True, output_gate=True,
         dropout=0.1,
     ),
+    "mamba2": lambda: mixer("mamba2", head_dim=8, state_dim=3, n_groups=2),
+    "gla": lambda: mixer("gla"),
+    "retnet": lambda: mixer("retnet"),
     "toy_ssm": lambda: ToySSM(ToySSMConfig(), SHAPE, 0),
     "toy_ssm_four_heads": lambda: ToySSM(ToySSMConfig(n_heads=4, n_groups=2), SHAPE, 0),
     "gated_delta_net": lambda: GatedDeltaNet(GatedDeltaNetConfig(n_heads=4, n_key_heads=2), SHAPE, 0),
     "kda": lambda: KDA(KDAConfig(n_heads=4), SHAPE, 0),
     "rwkv7": lambda: LaterRWKV7(RWKV7Config(n_heads=4), DEEP, 1),
 }  # fmt: skip
-RECURRENT = ("toy_ssm", "toy_ssm_four_heads", "gated_delta_net", "kda", "rwkv7")
+RECURRENT = ("mamba2", "gla", "retnet", "toy_ssm", "toy_ssm_four_heads", "gated_delta_net", "kda", "rwkv7")
 ATTENTION = [name for name in MIXERS if name not in RECURRENT]
 CASES_OF_TWO = (
     [(name, "tensor") for name in MIXERS]
@@ -96,9 +99,7 @@ CASES_OF_TWO = (
 CASES_OF_FOUR = [(name, method) for name in ATTENTION for method in ("ring", "head_tail ring")] + [
     ("gqa_everything", "head_tail gather"),
     ("mqa", "head_tail heads"),
-    ("toy_ssm_four_heads", "state"),
-    ("gated_delta_net", "state"),
-    ("rwkv7", "state"),
+    *((name, "state") for name in RECURRENT if name != "toy_ssm"),
 ]
 
 

@@ -1,4 +1,6 @@
-"""What STATE sends does not grow with the sequence: the bytes of a mix step's collectives, forward and backward, at T and 4 T."""
+"""What STATE sends does not grow with the sequence: the bytes of a mixer's collectives, forward and backward, at T and 4 T.
+
+Those of its convolutions and token shifts are among them."""
 
 from typing import Any
 
@@ -6,15 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import titanarch.models.components  # noqa: F401 (registers all)
 from tests.distributed import run_distributed
-from tests.fixtures.toy_ssm import ToySSM, ToySSMConfig
 from titanarch.contract.init import Init, InitConfig, qualified_names
-from titanarch.contract.mixer import RecurrentMixer
-from titanarch.contract.sequence import MixSequence, SequenceInfo
+from titanarch.contract.mixer import MIXERS, RecurrentMixer
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
 from titanarch.contract.split import ContextParallel
-from titanarch.models.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from titanarch.parallel.context_layout import ContextLayout
 from titanarch.parallel.context_parallel import apply_context_parallel
 
@@ -34,35 +35,52 @@ class ReceivedBytes(TorchDispatchMode):
         return out
 
 
+SHIFTS = 3
+"""Tokens before its own that a convolution of four taps reads, one gather each."""
+H, K = 2, D // 2
+SENT: dict[str, tuple[int, int, int]] = {
+    # Mamba-2: 4 heads of 8 channels, 128 state channels; the default width is 2 D. The others: H heads, K channels of a key.
+    "mamba2": (4, 4 * 128 * 8, SHIFTS * (2 * D + 2 * 128)),
+    "gla": (H * K // 2, H * (K // 2) * K, 0),
+    "retnet": (H, H * K * 2 * K, 0),
+    "gated_delta_net": (H * K * K, H * 2 * K * K, SHIFTS * 4 * D),
+    "kda": (H * K * K, H * K * K, SHIFTS * 3 * D),
+    "rwkv7": (H * K * K, H * K * K, D),
+}
+"""Numbers that a process sends of a row: the decay of its tokens, the state that they leave, and the last tokens for halos."""
+FIXED = {"retnet": H}
+"""Of those, numbers without a gradient."""
+
+
 def mixer_of(name: str, length: int) -> RecurrentMixer:
-    shape = ModelShape(d_model=D, vocab_size=32, seq_len=length, layers=("mixer",))
-    mixer = ToySSM(ToySSMConfig(), shape, 0) if name == "toy_ssm" else GatedDeltaNet(GatedDeltaNetConfig(n_heads=2), shape, 0)
+    shape = ModelShape(d_model=D, vocab_size=32, seq_len=length, layers=(name,))
+    config = MIXERS.resolve({"kind": name} if name == "mamba2" else {"kind": name, "n_heads": H})
+    mixer = MIXERS.of(config)(config, shape, 0)
+    assert isinstance(mixer, RecurrentMixer)
     mixer.reset_parameters(Init(InitConfig(), names=qualified_names(mixer), seed=1, n_layers=1))
     return mixer
 
 
-def bytes_of_a_mix() -> dict[tuple[str, int], int]:
+def received_bytes() -> dict[tuple[str, int], int]:
+    """Of a forward and a backward, by mixer and length."""
     counted = {}
-    for name in ("toy_ssm", "gated_delta_net"):
+    for name in SENT:
         for length in (16, 64):
             mixer, layout = mixer_of(name, length), ContextLayout(dist.group.WORLD, head_tail=False)
             apply_context_parallel(mixer, layout, ContextParallel.STATE)
             seq = layout.divide(SequenceInfo.whole(1, length))
-            streams, _ = mixer.project(layout.own(torch.randn(1, length, D), 1), seq, Carry.empty())
-            streams = {key: stream.detach().requires_grad_() for key, stream in streams.items()}  # halos of convolutions end before
-            head_params, _ = mixer.head_params(seq, Carry.empty())
+            x = layout.own(torch.randn(1, length, D), 1).requires_grad_()
             with ReceivedBytes() as received:
-                result = mixer.mix_step(mixer, streams, head_params, MixSequence(query=seq, key=seq))
-                result.y_BTHV.square().sum().backward()
+                y, _ = mixer(x, seq, Carry.empty())
+                y.square().sum().backward()
             counted[name, length] = received.total
     return counted
 
 
 def test_what_state_sends_does_not_grow_with_the_sequence() -> None:
-    for counted in run_distributed(bytes_of_a_mix, DEGREE):
-        # With the halos of its convolution, which is in its mix step.
-        assert counted["toy_ssm", 16] == counted["toy_ssm", 64]
-        # (M [K, K], P [V, K]) of every process and head is gathered; their gradients come back summed, one process's share of them.
-        H, K, V = 2, D // 2, 2 * (D // 2)
-        shard = H * (K * K + V * K) * FP32
-        assert counted["gated_delta_net", 16] == counted["gated_delta_net", 64] == shard * DEGREE + shard
+    """What every process sends is gathered, and the gradients come back summed, one process's share of them."""
+    recurrent = [name for name in MIXERS if issubclass(MIXERS[name], RecurrentMixer)]
+    assert set(SENT) == {name for name in recurrent if MIXERS[name].__module__.startswith("titanarch.")}
+    for counted in run_distributed(received_bytes, DEGREE):
+        for name, sent in SENT.items():
+            assert counted[name, 16] == counted[name, 64] == FP32 * (DEGREE * sum(sent) + sum(sent) - FIXED.get(name, 0)), name

@@ -75,6 +75,16 @@ def test_on_cuda_the_cpus_small_routes_are_not_taken(configure: Configure) -> No
     assert on_cpu.peak.total - on_cuda.peak.total > 0.8 * masks - 4 * 8 * 256 * 8192 * 3  # the loss takes larger chunks there
 
 
+def test_recurrences_whose_kernels_are_for_cuda_are_traced_in_plain_pytorch(configure: Configure) -> None:
+    peaks = []
+    for backend in ("reference", "fla"):
+        options = f"{{ gla = {{ backend = '{backend}' }}, mamba2 = {{ backend = '{backend}' }} }}"
+        found = trace(configure({"model.layers": '["gla", "mamba2"]', "model.mixers": options}), 1, "cuda")
+        peaks.append(found.peak.total)
+        assert found.notes == ()
+    assert peaks[0] == peaks[1]
+
+
 CASES: tuple[dict[str, Any], ...] = ({TP: 2}, {CP: 2}, {"training.local_batch_size": 1, "activation_checkpoint.mode": "full"})
 
 

@@ -54,6 +54,9 @@ class MixerConfig(ComponentConfig):
     def check_sizes(self, d_model: int) -> None:
         """A ValueError where the sizes do not fit a model of this width."""
 
+    def check_first(self, first: "MixerConfig", d_model: int) -> None:
+        """A ValueError where a block of this mixer needs another one than ``first`` in block 0."""
+
 
 class Mix(Protocol):
     """The mix step as parallel/ may wrap it."""
@@ -92,6 +95,10 @@ class BaseMixer(nn.Module, ABC):
 
         ``compiled``: whether torch.compile traces it. Override where a kernel is asked for by name.
         """
+        return ""
+
+    def note_on(self, device_type: str, *, compiled: bool) -> str:
+        """What it chose on devices of this type where its table leaves it open; empty where nothing is."""
         return ""
 
     def grow_from(self, base: Any) -> None:

@@ -44,6 +44,8 @@ class DecoderConfig(LanguageModelConfig):
             raise ValueError(f"channels: '{WHOLE}' names [model.channel] in channel_layers; call this table something else")
         for mixer in self.mixers.values():
             mixer.check_sizes(self.d_model)
+        for name in self.layers[: self.n_layers]:
+            self.mixers[name].check_first(self.mixers[self.layers[0]], self.d_model)
         return self
 
     @model_validator(mode="before")

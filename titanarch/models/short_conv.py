@@ -15,7 +15,7 @@ from titanarch.contract.layers import local
 from titanarch.contract.roles import Kind, Role
 from titanarch.contract.sequence import LocalHalo, SequenceInfo
 from titanarch.ops._decay_kernels import causal_convolution
-from titanarch.ops.recurrence_backend import REFERENCE, convolution
+from titanarch.ops.recurrence_backend import AUTO, CONVOLUTIONS, REFERENCE, convolution, fits_convolution, note
 
 
 class ShortConv(nn.Module):
@@ -34,6 +34,7 @@ class ShortConv(nn.Module):
         self.backend = backend
         assert taps >= 1, f"a convolution of {taps} taps"
         self.taps = taps
+        self.has_kernel = fits_convolution(taps, n_channels)
         self.weight_CW = nn.Parameter(torch.empty(n_channels, taps))
         self.bias_C = nn.Parameter(torch.empty(n_channels)) if bias else None
 
@@ -41,6 +42,12 @@ class ShortConv(nn.Module):
     def cost(n_channels: int, taps: int, *, bias: bool) -> Cost:
         """``state_bytes``: the tokens before, in 2 bytes a channel."""
         return Cost(n_channels * (taps + bias), 2.0 * n_channels * taps, 2 * n_channels * (taps - 1))
+
+    def note_on(self, device_type: str, compiled: bool) -> str:
+        """Who computes it; empty where it is asked for by name."""
+        if self.backend == REFERENCE:
+            return ""
+        return note(AUTO, device_type, compiled=compiled, offered=CONVOLUTIONS if self.has_kernel else ())
 
     def reset_parameters(self, init: Init) -> None:
         """Weight and bias U(+-1/sqrt(W)), as PyTorch's convolutions."""

@@ -36,6 +36,7 @@ class ParallelismConfig(Section, identity=False):
         "auto", description="head_tail: each process has an early and a late part of the sequence; auto: where every mixer can"
     )
     pipeline_parallel_degree: Degree = Field(1, description="must be 1: there is no pipeline parallelism")
+    expert_parallel_degree: Degree = Field(1, description="must be 1: there is no expert parallelism")
 
 
 class ActivationCheckpointConfig(Section, identity=False):

@@ -42,6 +42,12 @@ def resolve_degrees(config: ParallelismConfig, world_size: int) -> Degrees:
     if config.pipeline_parallel_degree > 1:
         reason = f"{config.pipeline_parallel_degree}: there is no pipeline parallelism, since a stage cannot hold every architecture; use 1"
         problems.append(Problem(reason, "parallelism.pipeline_parallel_degree"))
+    if config.expert_parallel_degree > 1:
+        reason = (
+            f"{config.expert_parallel_degree}: there is no expert parallelism, every process holds its share of all experts: FSDP divides "
+            "their weights, tensor_parallel_degree the hidden units of each; use 1"
+        )
+        problems.append(Problem(reason, "parallelism.expert_parallel_degree"))
     replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
     cp, tp = config.context_parallel_degree, config.tensor_parallel_degree
     others = replicate * cp * tp

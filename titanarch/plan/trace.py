@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titanarch.contract.model import Model
 from titanarch.data.batch import Batch, Windows, make_batch
+from titanarch.models.mixers.recurrent import KernelMixer
+from titanarch.ops.recurrence_backend import REFERENCE
 from titanarch.parallel.mesh import Mesh
 from titanarch.plan.collectives import Group
 from titanarch.plan.formulas import formula_bytes
@@ -75,7 +78,8 @@ def fake_processes(world_size: int) -> Iterator[None]:
 
 
 def traceable(config: RunConfig) -> RunConfig:
-    """``config`` without what only changes kernels: compilation, and overlapping collectives with products.
+    """``config`` without what only changes kernels: compilation, and overlapping collectives with products. Those of recurrences are taken
+    out of the model.
 
     A memory budget is the compiler's, so its trace is that of ``none``: an upper bound.
     """
@@ -92,7 +96,15 @@ def trace_step(config: RunConfig, vocab_size: int, *, world_size: int, device_ty
     config = traceable(config)
     with fake_processes(world_size), routes_of(device_type):
         built = lay_out(config, vocab_size, world_size=world_size, device_type="cpu")
+        _without_kernels(built.model)
         return _traced(config, built)
+
+
+def _without_kernels(model: Model) -> None:
+    """Recurrences in plain PyTorch, whoever computes them in a run: kernels of CUDA cannot be traced here."""
+    for module in model.modules():
+        if isinstance(module, KernelMixer):
+            module.config = module.config.model_copy(update={"backend": REFERENCE})
 
 
 def _traced(config: RunConfig, built: LaidOut) -> StepTrace:

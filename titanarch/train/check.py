@@ -69,6 +69,13 @@ def meta_model(config: RunConfig, vocab_size: int) -> Model:
         return MODELS.of(config.model)(config.model, vocab_size, config.training.seq_len)
 
 
+def kernel_problems(model: Model, device_type: str, *, compiled: bool) -> list[Problem]:
+    """Why kernels that tables ask for by name cannot run on devices of this type."""
+    mixers = (m for m in model.modules() if isinstance(m, BaseMixer))
+    reasons = dict.fromkeys(f"{type(m).__qualname__}: {why}" for m in mixers if (why := m.why_not_on(device_type, compiled=compiled)))
+    return [Problem(reason, "model.mixers") for reason in reasons]
+
+
 def _check_phases(config: RunConfig) -> None:
     """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
     phases = config.training.run_phases(1)
@@ -143,9 +150,7 @@ def _check_model(config: RunConfig, degrees: Degrees | None, device_type: str) -
         Problem(f"{name} would mix the documents packed into one row; set mix_documents = true to allow it", "model.mixers")
         for name in refused
     ]
-    compiled, mixers = config.compile.enable, (m for m in model.modules() if isinstance(m, BaseMixer))
-    reasons = dict.fromkeys(f"{type(m).__qualname__}: {why}" for m in mixers if (why := m.why_not_on(device_type, compiled=compiled)))
-    problems += [Problem(reason, "model.mixers") for reason in reasons]
+    problems += kernel_problems(model, device_type, compiled=config.compile.enable)
     if degrees is not None:
         found: list[Problem] = []
         for seq_len in {phase.seq_len: None for phase in config.training.run_phases(1).parts}:

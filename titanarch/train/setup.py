@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run: model, loader, optimizers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from titanarch.config.load import load_config
 from titanarch.contract.cost import Cost
 from titanarch.contract.growth import Growth
 from titanarch.contract.init import InitConfig, qualified_names
+from titanarch.contract.mixer import BaseMixer
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import Role, roles_of
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
@@ -23,7 +24,7 @@ from titanarch.parallel.check import decide_division
 from titanarch.parallel.config import ParallelismConfig
 from titanarch.parallel.float8 import float8_notes
 from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
-from titanarch.train.check import meta_model, vocabulary
+from titanarch.train.check import kernel_problems, meta_model, vocabulary
 from titanarch.train.parametrization import widen
 from titanarch.train.processes import Processes
 from titanarch.train.resolve import DTYPES, param_dtype
@@ -77,6 +78,13 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
     return LaidOut(model, mesh, names, roles, cost, notes, growth)
 
 
+def kernel_notes(model: Model, device_type: str, *, compiled: bool) -> tuple[str, ...]:
+    """Whose kernels the mixers of ``model`` chose, a sentence for each kind."""
+    mixers = (m for m in model.modules() if isinstance(m, BaseMixer))
+    notes = (f"{type(m).__qualname__}: {said}" for m in mixers if (said := m.note_on(device_type, compiled=compiled)))
+    return tuple(dict.fromkeys(notes))
+
+
 def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, trains: bool = True) -> LaidOut:
     """Meta, then parallel, then weights by the seed. ``config`` is resolved; ``trains``: see ``lay_out``."""
     laid_out = lay_out(config, vocab_size, world_size=processes.world_size, device_type=processes.device.type, trains=trains)
@@ -84,7 +92,8 @@ def build_model(config: RunConfig, processes: Processes, vocab_size: int, *, tra
     init = getattr(config.model, "init", InitConfig())
     device = torch.device("cpu") if config.parallelism.enable_cpu_offload else processes.device
     materialize(laid_out.model, laid_out.names, init, seed=config.debug.seed, device=device, growth=laid_out.growth)
-    return laid_out
+    compiled = config.compile.enable and trains
+    return replace(laid_out, notes=laid_out.notes + kernel_notes(laid_out.model, processes.device.type, compiled=compiled))
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,8 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism:
 
     ``parallelism``: how; by default each process has rows of its own.
 
-    Raises ConfigError where the folder holds no run, or no sound checkpoint, or ``parallelism`` does not fit.
+    Raises ConfigError where the folder holds no run, or no sound checkpoint, ``parallelism`` does not fit, or a kernel that the run asks
+    for by name cannot run here.
     """
     if not (folder / "config.toml").is_file():
         raise ConfigError(Problem(f"{folder} holds no config.toml, so it is no run; give the dump_folder of a run"))
@@ -111,7 +121,11 @@ def open_run(folder: Path, processes: Processes, *, step: int = -1, parallelism:
     # The layout of the run that trained it need not fit the processes at hand.
     config = config.model_copy(update={"parallelism": parallelism or ParallelismConfig()})
     tokenizer = build_tokenizer(config.data.tokenizer)
-    built = build_model(config, processes, vocabulary(config, tokenizer.vocab_size), trains=False)
+    vocab_size = vocabulary(config, tokenizer.vocab_size)
+    problems = kernel_problems(meta_model(config, vocab_size), processes.device.type, compiled=False)
+    if problems:
+        raise ConfigError(*problems)
+    built = build_model(config, processes, vocab_size, trains=False)
     state, how = {"model": ModelState(built.model)}, config.checkpoint.verify
     loaded = load(checkpoint_location(folder, config.checkpoint), state, step=step, how=how)
     if loaded is None:

@@ -61,6 +61,8 @@ class EncoderDecoderConfig(LanguageModelConfig):
             raise ValueError(f"mixers.cross: {biases[0]} is a bias by distance, which means nothing between encoder and decoder; remove it")
         for mixer in self.mixers.values():
             mixer.check_sizes(self.d_model)
+        for name in self.layers[: self.n_decoder_layers]:
+            self.mixers[name].check_first(self.mixers[self.layers[0]], self.d_model)
         return self
 
     @model_validator(mode="before")

@@ -84,6 +84,7 @@ class HNetConfig(LanguageModelConfig):
         for level in levels:
             for name in level.shape.layers:
                 self.mixers[name].check_sizes(level.shape.d_model)
+                self.mixers[name].check_first(self.mixers[level.shape.layers[0]], level.shape.d_model)
         return self
 
     @model_validator(mode="before")

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from titanarch.config.errors import ConfigError
 from titanarch.contract.card import Card
 from titanarch.contract.cost import Cost, linear_cost, mean_visible_keys
 from titanarch.contract.init import Init
 from titanarch.contract.layers import Linear, local
-from titanarch.contract.mixer import MixResult, State, Streams, mixer
+from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, mixer
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
@@ -60,6 +59,22 @@ class AttentionConfig(SoftmaxConfig):
 
     def check_sizes(self, d_model: int) -> None:
         self.channels_per_head(d_model)
+
+    def check_first(self, first: MixerConfig, d_model: int) -> None:
+        """The values of block 0 are mixed in, so it must make such ones and pass them on."""
+        if self.value_residual == "none":
+            return
+        passed_on = first._value_shape(d_model) if isinstance(first, AttentionConfig) and first.value_residual != "none" else None
+        if passed_on != self._value_shape(d_model):
+            raise ValueError(
+                f"{self.kind}: value_residual ('{self.value_residual}') mixes in the values of block 0, whose mixer ({first.kind}) passes "
+                "on none of this shape: begin layers with an attention mixer of the same n_kv_heads and head_dim and with value_residual, "
+                "or set it to 'none'"
+            )
+
+    def _value_shape(self, d_model: int) -> tuple[int, int]:
+        """Heads and channels."""
+        return self.kv_heads(), self.key_maps * self.channels_per_head(d_model)
 
 
 @mixer("attention")
@@ -160,11 +175,7 @@ class Attention(SoftmaxMixer):
         """v <- l v + (1 - l) v of the first layer (arXiv:2410.17897), l = 1/2 or sigmoid(x W_l)."""
         if self.is_first:
             return v_BTGK, carry.with_value("first_values", v_BTGK)
-        first = carry.values.get("first_values")
-        if first is None or first.shape != v_BTGK.shape:
-            raise ConfigError(
-                f"{self.config.kind}: value_residual needs the same mixer, n_kv_heads and head_dim, and value_residual on, in block 0"
-            )
+        first = carry.values["first_values"]
         share = torch.sigmoid(self.wl(x_BTD)).unsqueeze(-1) if self.config.value_residual == "learned" else 0.5
         return first + share * (v_BTGK - first), carry
 

@@ -122,6 +122,7 @@ class Mamba2(KernelMixer):
     }
     float8 = frozenset({"wz", "wx", "wb", "wc", "wo"})  # wdt has a channel a head alone, and what it gives is exponentiated
     fp32 = frozenset({"head"})
+    kernels = KERNELS
     config: Mamba2Config
 
     def __init__(self, config: Mamba2Config, shape: ModelShape, layer: int) -> None:

@@ -4,13 +4,14 @@ Shapes: B rows.
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Size, Tensor
 
 from titanarch.contract.mixer import RecurrentMixer, State
-from titanarch.ops.recurrence_backend import why_not
+from titanarch.models.short_conv import ShortConv
+from titanarch.ops.recurrence_backend import note, why_not
 
 FLA = ("fla",)
 """The package whose kernels serve these recurrences."""
@@ -22,10 +23,21 @@ BACKEND = "who computes the recurrence: plain PyTorch (reference), or on CUDA th
 class KernelMixer(RecurrentMixer):
     """A recurrent mixer with a ``backend`` in its table. ``state_shape``: of a row's state, set by its constructor."""
 
+    kernels: ClassVar[tuple[str, ...]] = FLA
+    """The packages whose kernels serve it, best first."""
     state_shape: tuple[int, ...]
 
     def why_not_on(self, device_type: str, *, compiled: bool) -> str:
         return why_not(self.config.backend, device_type, compiled=compiled)
+
+    def note_on(self, device_type: str, *, compiled: bool) -> str:
+        """Who computes the recurrence, and the convolutions before it."""
+        said = note(self.config.backend, device_type, compiled=compiled, offered=self.kernels)
+        parts = [f"recurrence by {said}"] if said else []
+        convolutions = [
+            said for child in self.children() if isinstance(child, ShortConv) and (said := child.note_on(device_type, compiled))
+        ]
+        return ", ".join([*parts, *dict.fromkeys(f"convolutions by {said}" for said in convolutions)])
 
     def initial_state(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> State:
         """Zeros, fp32 [B, *state_shape]."""
