@@ -95,7 +95,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
 
 def held_out(document_id: str, fraction: float) -> bool:
     """Whether a document is validation: its hash, as a number in [0, 1), lies below ``fraction``."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(document_id.encode(errors="backslashreplace")).digest()[:8], "big") < fraction * 2**64
 
 
 def has_validation(config: DataConfig) -> bool:
