@@ -4,7 +4,7 @@ import argparse
 import sys
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -29,13 +29,14 @@ from titanarch.data.layout import RunLayout
 from titanarch.data.ledger_check import check_ledger
 from titanarch.data.ledger_files import read_ledger
 from titanarch.data.mixed_rows import training_rows
+from titanarch.data.mixed_streams import MixedStreamReader, mixed_stream_windows
 from titanarch.data.packing import Packing, PackingCounts, counts
 from titanarch.data.phases import Phase, Phases
 from titanarch.data.prepare import prepare
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import MixtureConfig, Split, TokensConfig
-from titanarch.data.split import SplitSource, has_validation
-from titanarch.data.streams import StreamReader, StreamRow, stream_windows
+from titanarch.data.split import SplitSource, has_validation, opened_mixture
+from titanarch.data.streams import Cursor, StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.data.unfinished import resumable
 from titanarch.train.check import check_phases
@@ -219,25 +220,31 @@ def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) ->
 
 def _streamed_row(config: DataConfig, tokenizer: Tokenizer, phases: Phases, row: int, *, seed: int) -> Batch:
     """Row ``row`` of streams, read up to there through the phases before."""
-    source, shuffle = SplitSource(config, "train"), Shuffle(config.shuffle_documents, seed)
+    mixture = config.source if isinstance(config.source, MixtureConfig) else None
+    sources = opened_mixture(config, lambda alone: SplitSource(alone, "train")) if mixture else [SplitSource(config, "train")]
     n_streams, _ = RunLayout(phases, 0, 1).streams(config.streams, n_workers=0)
-    stream, rows = row % n_streams, list[StreamRow]()
+    stream, cursor, rows = row % n_streams, (Cursor(),) * len(sources), list[Any]()
     ends = [phase.first_row for phase in phases.parts[1:]]
     for phase, end in zip(phases.parts, [*ends, row + 1], strict=True):
-        reader = StreamReader(
-            source,
-            tokenizer,
-            seq_len=phase.seq_len,
-            n_streams=n_streams,
-            streams=[stream],
-            cursors={stream: rows[0].cursor} if rows else {},
-            packing=config.packing,
-            shuffle=shuffle,
-        )
+        readers = [
+            StreamReader(
+                source,
+                tokenizer,
+                seq_len=phase.seq_len,
+                n_streams=n_streams,
+                streams=[stream],
+                cursors={stream: at},
+                packing=config.packing,
+                shuffle=Shuffle(config.shuffle_documents, seed),
+            )
+            for source, at in zip(sources, cursor, strict=True)
+        ]
         first = phase.first_row + (stream - phase.first_row) % n_streams
+        mixed = MixedStreamReader(mixture, readers, n_streams=n_streams, cursors={stream: cursor}, next_row=first) if mixture else None
         for _ in range(first, min(end, row + 1), n_streams):
-            rows = [reader.next_row(stream)]
-    return make_batch(stream_windows(rows, np.array([row])))
+            rows = [(mixed or readers[0]).next_row(stream)]
+            cursor = rows[0].cursor if mixed else (rows[0].cursor,)
+    return make_batch((mixed_stream_windows if mixture else stream_windows)(rows, np.array([row])))
 
 
 def _print_row(batch: Batch, tokenizer: Tokenizer) -> None:
