@@ -116,7 +116,8 @@ POSITION_ARMS = {
 
 
 def test_packing_arms_differ_in_their_packing_alone() -> None:
-    assert differences("studies/packing/best_fit.toml", "studies/packing/concat.toml") == {"data.packing": "best_fit"}
+    for packing in ("best_fit", "padded"):
+        assert differences(f"studies/packing/{packing}.toml", "studies/packing/concat.toml") == {"data.packing": packing}
     training = loaded("studies/packing/concat.toml").training
     assert training.steps * training.global_batch_size / 6_682 == pytest.approx(3.8, abs=0.05)
 

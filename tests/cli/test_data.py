@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.common import data_config, loader_of
 from titanarch.cli.main import main
 from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
+from titanarch.data.phases import Phase
 from titanarch.data.rows import IndexedRows
 from titanarch.data.tokenizers import BytesConfig, BytesTokenizer
 
@@ -97,6 +99,33 @@ def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pyte
     assert shown.startswith("row 2: 40 tokens, ")
     text = "".join(line for line in shown.splitlines()[1:] if not line.startswith("--- "))
     assert text == tokenizer.decode(rows.read(2, 1).tokens_BS[0, :-1])
+
+
+@pytest.mark.parametrize("mode", ["indexed", "streamed"])
+def test_rows_of_a_run_of_phases(mode: str, tmp_path: Path, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is the one that the run is fed, of the length of its phase."""
+    phases = ["--training.phases", "[{steps = 2, seq_len = 8, global_batch_size = 6}, {steps = 1, seq_len = 16, global_batch_size = 6}]"]
+    sizes = ["--training.seq_len", "32", "--training.global_batch_size", "3", "--training.local_batch_size", "3"]
+    config = [*source, *phases, *sizes, "--debug.seed", "5", "--data.mode", mode, "--data.limit_documents", "0"]
+    path = tmp_path / "a.jsonl"
+    table = {"source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}, "mode": mode}
+    earlier = [Phase(8, 6, 3, 2), Phase(16, 6, 3, 1)]
+    loader = loader_of(data_config(tmp_path / "cache", **table), rows=3, local=3, rank=0, degree=1, seq_len=32, seed=5, earlier=earlier)
+    fed = [(int(batch.row_B[b]), batch.tokens_BT[b]) for batch in (next(loader) for _ in range(8)) for b in range(3)]
+    tokenizer = BytesTokenizer(BytesConfig())
+    for row, tokens in fed[4::5]:
+        assert main(["data", "inspect", "--config", str(DEBUG_RUN), *config, "--row", str(row)]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[0].startswith(f"row {row}: {len(tokens)} tokens, ")
+        assert "".join(line for line in shown[1:] if not line.startswith("--- ")) == tokenizer.decode(tokens.numpy())
+    assert {len(tokens) for _, tokens in fed[4::5]} == {8, 16, 32}
+
+
+def test_phases_that_the_run_would_refuse(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    phases = ["--training.phases", "[{steps = 4, seq_len = 32, global_batch_size = 8}]", "--training.seq_len", "64"]
+    arguments = ["--config", str(DEBUG_RUN), *source, *phases, "--data.packing", "best_fit", "--row", "0"]
+    assert main(["data", "inspect", *arguments]) == 2
+    assert "'best_fit' makes rows of one length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

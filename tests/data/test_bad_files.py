@@ -83,3 +83,10 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
     target.unlink()
     with pytest.raises(ConfigError, match=r"in/a.jsonl: .*the file does not exist"):
         open_source(kind="jsonl", paths=[f"{tmp_path}/in/*.jsonl"])
+
+
+def test_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    """It could not be written into the card of what is made of it."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")).write_text("a")
+    with pytest.raises(ConfigError, match=r"\[data.source\] paths: the file's name is not UTF-8: rename it"):
+        open_source(kind="text", paths=[f"{tmp_path}/*.txt"])

@@ -32,7 +32,11 @@ MIXTURE = mixture("corpus")
         ({"streams": 4}, "in streamed mode alone"),
         ({"shuffle_documents": 4}, "indexed rows are shuffled already"),
         ({"source": JSONL, "mode": "streamed", "packing": "best_fit"}, "best_fit keeps rows open until a document fits"),
-        ({"source": MIXTURE, "mode": "streamed"}, "read in indexed mode, where their tokens are counted"),
+        (
+            {"source": mixture("corpus", {"kind": "tokens", "path": "x"}), "mode": "streamed"},
+            "prepared tokens are read in indexed mode; all",
+        ),
+        ({"source": MIXTURE, "mode": "streamed", "packing": "padded"}, "shares of a mixture that is streamed are counted in rows"),
         ({"source": MIXTURE, "validation_fraction": 0.1}, "name a source of its own in data.validation"),
         ({"source": MIXTURE, "limit_documents": 3}, "limit_documents: it does not say of which source"),
         ({"validation": MIXTURE}, "validation: one source, not a mixture"),

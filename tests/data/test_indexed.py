@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_other_meta(change: dict[str, Any] | None, message: str, tmp_path: Path)
     assert json.loads(text)["format"] == FORMAT
     path.write_text(text[:100] if change is None else json.dumps({**json.loads(text), **change}))
     assert message in refused(path.parent)
+
+
+def test_a_stranger_s_meta(tmp_path: Path) -> None:
+    """Checksums that are right do not make it right."""
+    folder = written(tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text())
+    (tmp_path / "out.bin").write_bytes(b"12")
+    entry = {"bytes": 2, "sha256": hashlib.sha256(b"12").hexdigest()}
+    for name in ("../out.bin", str(tmp_path / "out.bin"), "tokens-/../../out.bin"):
+        (folder / "meta.json").write_text(json.dumps({**meta, "files": {**meta["files"], name: entry}}))
+        assert f"meta.json: names a file that is not of this folder, '{name}'" in refused(folder)
+    (folder / "meta.json").write_text(json.dumps({**meta, "tokens": meta["tokens"] + 1}))
+    assert "meta.json: does not fit the files beside it" in refused(folder)
+    offsets = (10**6).to_bytes(8, "little") * (len(TEXTS) + 1)
+    (folder / "offsets.bin").write_bytes(offsets)
+    files = {**meta["files"], "offsets.bin": {"bytes": len(offsets), "sha256": hashlib.sha256(offsets).hexdigest()}}
+    (folder / "meta.json").write_text(json.dumps({**meta, "files": files}))
+    assert "meta.json: does not fit the files beside it" in refused(folder)
 
 
 def test_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

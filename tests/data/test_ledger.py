@@ -29,6 +29,7 @@ def configs(folder: Path) -> dict[str, DataConfig]:
         "indexed": {"source": source},
         "best_fit": {"source": source, "packing": "best_fit"},
         "mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}},
+        "streamed_mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}, "mode": "streamed"},
         "streamed": {"source": source, "mode": "streamed"},
         "streamed_padded": {"source": source, "mode": "streamed", "packing": "padded", "shuffle_documents": 5, "streams": 16},
     }
@@ -85,13 +86,13 @@ def report_of(folder: Path) -> LedgerReport:
     return check_ledger(read_ledger(folder))
 
 
-@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", "streamed", "streamed_padded"])
+@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", "streamed", "streamed_padded", "streamed_mixture"])
 def test_every_row_once_over_kills_and_resizes(tmp_path: Path, name: str) -> None:
     draw = random.Random(name)
     run = Run(tmp_path, configs(tmp_path)[name])
     while run.number < 12 or run.step < 30:
         run.start(draw)
-    run.start(draw, workers=2 if name in ("indexed", "streamed") else 0, steps=3)
+    run.start(draw, workers=2 if name in ("indexed", "streamed", "streamed_mixture") else 0, steps=3)
     report = report_of(tmp_path)
     assert report.problems == ()
     assert (report.n_lost, report.n_doubled, report.n_steps, report.n_rows) == (0, 0, run.step, run.step * ROWS)
@@ -151,6 +152,7 @@ def begins_late(records: list[dict[str, Any]]) -> None:
         ("indexed", later_window, ["the data, epoch 0: windows used more than once: "]),
         ("mixture", later_window, [", epoch 0: windows used more than once: "]),
         ("streamed", drop_step, ["rows lost: row 32", "streams that do not go on where they stood: row 40 begins at pass 0, document "]),
+        ("streamed_mixture", drop_step, ["rows lost: row 32", "streams that do not go on where they stood: row 4"]),
         ("streamed_padded", later_window, ["streams that do not go on where they stood: row "]),
     ],
 )

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from titanarch.data.read_ahead import ReadAhead
 from titanarch.data.retry import Reading, RetryConfig, is_final
 from titanarch.data.sources import SOURCES, Position, TextSource
 from titanarch.data.split import SplitSource
+from titanarch.data.tokenizers import SentencePieceConfig, build_tokenizer
 
 TEXTS = make_texts(300)
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -229,3 +231,30 @@ def test_web_server_without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.data.unreliable._Handler.ranges", False)
     with web_server({"a.jsonl": LINES}) as (url, _), pytest.raises(UnreachableFile, match="the server has no range reads; copy the file"):
         texts(source_of(reading([]), kind="jsonl", paths=[f"{url}/a.jsonl"]))
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "Unauthorized"), (403, "Forbidden")])
+def test_web_server_that_wants_credentials(status: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file is not said to be missing."""
+    monkeypatch.setattr("tests.data.unreliable._Handler.refused", {"a.jsonl": status})
+    waits: list[float] = []
+    said = rf"a.jsonl: \[data.source\] paths: the server does not give it, are credentials missing\? {status}.*{word}"
+    with web_server({"a.jsonl": LINES}) as (url, _), pytest.raises(ConfigError, match=said):
+        find_files([f"{url}/a.jsonl"], reading=reading(waits))
+    assert waits == []
+
+
+def test_a_tokenizer_behind_a_web_server_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("titanarch.data.tokenizers.base.Reading", lambda: reading(waits, max_attempts=30))
+    model = (resources.files("titanarch.data") / "corpus" / "tokenizers" / "spm_unigram_8192.model").read_bytes()
+    monkeypatch.setattr("tests.data.unreliable._Handler.refused", {"b.model": 403})
+    with web_server({"a.model": model}, share=0.7, seed=1) as (url, _):
+        here, there = (build_tokenizer(SentencePieceConfig(path=path)) for path in ("builtin", f"{url}/a.model"))
+        assert here.fingerprint == there.fingerprint
+        assert waits
+        for path, said in ((f"{url}/none.model", "the file does not exist"), (f"{url}/b.model", "403.*Forbidden")):
+            with pytest.raises(ConfigError, match=rf"{path}: \[data.tokenizer\] path: cannot read the tokenizer: {said}"):
+                build_tokenizer(SentencePieceConfig(path=path))
+    with pytest.raises(ConfigError, match=r"\[data.tokenizer\] path: Protocol not known: nonsense"):
+        build_tokenizer(SentencePieceConfig(path="nonsense://a/b"))

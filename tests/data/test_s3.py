@@ -14,6 +14,7 @@ from tests.s3 import s3_server
 from tests.train.runs import losses, train, train_and_kill, write_config
 from titanarch.config.errors import ConfigError
 from titanarch.data.listing import find_files
+from titanarch.data.tokenizers import SentencePieceConfig, build_tokenizer
 
 STREAMED = [
     *(
@@ -72,8 +73,12 @@ def test_credentials_that_are_missing(tmp_path: Path, monkeypatch: pytest.Monkey
         import s3fs
 
         s3fs.S3FileSystem.clear_instance_cache()
+        waits: list[float] = []
         with pytest.raises(ConfigError, match=r"s3://bucket/a.jsonl: .*redentials"):
-            find_files(["s3://bucket/a.jsonl"], reading=reading([], max_attempts=3))
+            find_files(["s3://bucket/a.jsonl"], reading=reading(waits))
+        assert waits == [], "they do not come by waiting"
+        with pytest.raises(ConfigError, match=r"s3://bucket/a.model: .*cannot read the tokenizer: .*redentials"):
+            build_tokenizer(SentencePieceConfig(path="s3://bucket/a.model"))
 
 
 def test_a_streamed_run_killed_on_a_troubled_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

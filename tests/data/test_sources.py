@@ -118,13 +118,20 @@ def test_malformed_lines_are_named(tmp_path: Path) -> None:
     assert bad(good + b"[1]\n", path).startswith(f"{path}:2: is no JSON object")
     assert bad(good + b'{"txt": "a"}\n', path).startswith(f"{path}:2: the object has no key 'text'; did you mean 'txt'?")
     assert bad(good + b'{"text": 5}\n', path).startswith(f"{path}:2: 'text' must be a string, not 5")
+    assert bad(good + rb'{"text": "ab\ud83d"}', path).startswith(
+        f"{path}:2: 'text' is no text: its character 2 is half of a surrogate pair, \\ud83d"
+    )
+    assert bad(good + b'{"text": "a", "more": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", path).startswith(
+        f"{path}:2: is JSON beyond what is read: "
+    )
+    assert bad(good + b'{"text": "a", "more": ' + b"1" * 5000 + b"}", path).startswith(f"{path}:2: is JSON beyond what is read: ")
     assert bad(good, path, id_key="name").startswith(f"{path}:1: the object has no key 'name'")
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        r'{"text": "half of a pair: \ud83d"}',
+        r'{"text": "half of a pair in another place", "other": "\ud83d"}',
         r'{"text": "\ud83d\ude00 \u0000 \/ \n"}',
         '{"text": "first", "text": "last"}',
         '{"text": "a", "score": NaN, "least": -Infinity, "big": 123456789012345678901234567890}',
@@ -174,6 +181,13 @@ def test_parquet_errors(tmp_path: Path) -> None:
         read(open_source(kind="parquet", paths=[str(path)], text_key="body"))
     with pytest.raises(ConfigError, match=r"a.parquet:1: 'text' must be a string, not None"):
         read(open_source(kind="parquet", paths=[str(path)]))
+    not_utf8 = pyarrow.StringArray.from_buffers(3, pyarrow.array([0, 3, 6, 7], "int32").buffers()[1], pyarrow.py_buffer(b"abcd\xffef"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": not_utf8}), path)
+    with pytest.raises(ConfigError, match=r"a.parquet:2: 'text' is not UTF-8: invalid start byte at its byte 1"):
+        read(open_source(kind="parquet", paths=[str(path)]))
+    source = open_source(kind="parquet", paths=[str(path)], on_error="skip")
+    found = [source.document(*item, unreachable=True) for item in source.read(Position())]
+    assert [document and document.text for document in found] == ["abc", None, "f"]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ConfigError, match=r"a.parquet: cannot be read, it is truncated"):
         read(open_source(kind="parquet", paths=[str(path)]))

@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pytest
 import zstandard
 
 from tests.data.common import make_texts
+from tests.data.test_cache import opened
 from tests.data.test_sources import open_source, read
 from titanarch.config.errors import ConfigError
+from titanarch.data.config import DataConfig
 from titanarch.data.sources import Position
 
 TEXTS = make_texts(30)
@@ -108,6 +110,10 @@ def test_malformed_samples(tmp_path: Path) -> None:
     assert "'a.json' is not JSON" in bad(path, archive_of([("a.json", b"{")]), **as_json)
     assert "'a.json' is no JSON object but [1]" in bad(path, archive_of([("a.json", b"[1]")]), **as_json)
     assert "'a.json' has no key 'text'; did you mean 'txt'?" in bad(path, archive_of([("a.json", b'{"txt": "a"}')]), **as_json)
+    assert "'text' of 'a.json' is no text: its character 1 is half" in bad(
+        path, archive_of([("a.json", rb'{"text": "a\udead"}')]), **as_json
+    )
+    assert "'a.json' is not JSON: maximum recursion" in bad(path, archive_of([("a.json", b"[" * 10**5)]), **as_json)
     assert "'text' of 'a.json' must be a string, not 5" in bad(path, archive_of([("a.json", b'{"text": 5}')]), **as_json)
 
 
@@ -133,3 +139,23 @@ def test_an_empty_file_among_good_ones(tmp_path: Path) -> None:
     write(tmp_path / "c.tar", archive_of([]))
     write(tmp_path / "d.tar", archive_of([("d.txt", b"d")]))
     assert [document.text for _, document in read(open_source(kind="tar", paths=[f"{tmp_path}/*.tar"]))] == ["a", "d"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:
+    """They are spelled out, so that they can be written down and hashed."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("caf\xe9.txt", "tea.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 5
+            archive.addfile(member, io.BytesIO(b"words"))
+    path = write(tmp_path / "a.tar", written.getvalue())
+    data = opened(config_of(source={"kind": "tar", "paths": [str(path)]}))
+    assert [document.id for document in data] == ["a.tar:caf\\xe9", "a.tar:tea"]
+    (tmp_path / "b.jsonl").write_text(r'{"text": "a", "name": "\ud83d"}')
+    source = {"kind": "jsonl", "paths": [str(tmp_path / "b.jsonl")], "id_key": "name"}
+    both = [
+        opened(config_of(source=source, validation_fraction=fraction), split)
+        for fraction, split in ((1e-9, "train"), (1 - 1e-9, "validation"))
+    ]
+    assert [data[0].id for data in both] == ["\\ud83d", "\\ud83d"]

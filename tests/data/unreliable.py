@@ -46,6 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
     share: float
     failures: list[str]
     ranges = True
+    refused: dict[str, int] = {}  # the status that a file is answered with
     lock: threading.Lock
 
     def do_HEAD(self) -> None:
@@ -58,6 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.lock:
             fails, cuts = self.draw.random() < self.share, self.draw.random() < 0.5
         content = self.files.get(self.path.lstrip("/"))
+        if self.path.lstrip("/") in self.refused:
+            self._send(self.refused[self.path.lstrip("/")], b"no", {}, with_body=with_body)
+            return
         if fails and not (cuts and with_body):
             self.failures.append(self.command)
             self._send(503, b"try later", {}, with_body=with_body)

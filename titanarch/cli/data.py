@@ -4,7 +4,7 @@ import argparse
 import sys
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -25,17 +25,21 @@ from titanarch.data.errors import data_error
 from titanarch.data.fixed import documents
 from titanarch.data.index_writer import VERSION
 from titanarch.data.indexed import IndexedData
+from titanarch.data.layout import RunLayout
 from titanarch.data.ledger_check import check_ledger
 from titanarch.data.ledger_files import read_ledger
 from titanarch.data.mixed_rows import training_rows
+from titanarch.data.mixed_streams import MixedStreamReader, mixed_stream_windows
 from titanarch.data.packing import Packing, PackingCounts, counts
+from titanarch.data.phases import Phase, Phases
 from titanarch.data.prepare import prepare
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import MixtureConfig, Split, TokensConfig
-from titanarch.data.split import SplitSource, has_validation
-from titanarch.data.streams import StreamReader, stream_windows
+from titanarch.data.split import SplitSource, has_validation, opened_mixture
+from titanarch.data.streams import Cursor, StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.data.unfinished import resumable
+from titanarch.train.check import check_phases
 from titanarch.train.run_config import RunConfig
 
 
@@ -46,11 +50,10 @@ class _DataOnly(Section):
 
 
 class _Settings(NamedTuple):
-    """What the command takes from a configuration; 0 and None where there is none or it does not say."""
+    """What the command takes from a configuration; ``phases`` and ``seed`` are None without one of a run."""
 
     data: DataConfig
-    seq_len: int = 0
-    global_batch_size: int = 0
+    phases: Phases | None = None
     seed: int | None = None
 
 
@@ -101,7 +104,9 @@ def _settings(args: argparse.Namespace) -> _Settings:
     """From the configuration file, or from ``--data.key`` alone where no file is named."""
     if any(argument.split("=")[0] in {f"--{name}" for name in FILE_OPTIONS} for argument in args.config_arguments):
         config = load_from_arguments(args, RunConfig).config
-        return _Settings(config.data, config.training.seq_len, config.training.global_batch_size, config.debug.seed)
+        if args.action == "inspect":
+            check_phases(config)
+        return _Settings(config.data, config.training.run_phases(1), config.debug.seed)
     empty = Node({}, Origin(COMMAND_LINE, None))
     tree = reduce(lambda base, over: merge(base, over, (_DataOnly,)), override_trees(args.config_arguments), empty)
     try:
@@ -157,7 +162,7 @@ def _inspect(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace
         batch = _row(settings, tokenizer, args)
         _print_row(batch, tokenizer)
         return
-    seq_len = args.seq_len or settings.seq_len
+    seq_len = args.seq_len or (settings.phases.longest if settings.phases else 0)
     source = settings.data.source
     if args.split == "train" and isinstance(source, MixtureConfig):
         for name, part, data in zip(source.names, source.sources, open_mixture(settings.data, tokenizer), strict=True):
@@ -195,34 +200,51 @@ def _print_packing(made: PackingCounts, packing: Packing, seq_len: int) -> None:
 
 def _row(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace) -> Batch:
     """Row ``args.row`` of the run, as a batch of one."""
-    config, row = settings.data, args.row
-    seq_len = args.seq_len or settings.seq_len
+    config, row, phases = settings.data, args.row, settings.phases
     seed = settings.seed if args.seed is None else args.seed
-    if args.split != "train" or row < 0 or seq_len < 1:
+    if args.seq_len is not None and args.seq_len > 0:  # a run of rows of that length alone
+        n_rows = phases.parts[-1].global_batch_size if phases else max(1, config.streams)
+        phases = Phases.of([Phase(args.seq_len, n_rows, n_rows)])
+    if args.split != "train" or row < 0 or phases is None or (args.seq_len is not None and args.seq_len < 1):
         raise ConfigError("--row wants a number from 0, the split train, and a length by --config or --seq-len")
     if config.mode == "streamed":
-        n_streams = config.streams or settings.global_batch_size
-        if n_streams < 1:
+        if settings.phases is None and not config.streams:
             raise ConfigError("--row of streamed data wants --config, or the number of streams by --data.streams")
         if config.shuffle_documents and seed is None:
             raise ConfigError("--row wants the seed that shuffles the documents: debug.seed of --config, or --seed")
-        source, stream, shuffle = SplitSource(config, "train"), row % n_streams, Shuffle(config.shuffle_documents, seed or 0)
-        reader = StreamReader(
-            source,
-            tokenizer,
-            seq_len=seq_len,
-            n_streams=n_streams,
-            streams=[stream],
-            cursors={},
-            packing=config.packing,
-            shuffle=shuffle,
-        )
-        for _ in range(row // n_streams):
-            reader.next_row(stream)
-        return make_batch(stream_windows([reader.next_row(stream)], np.array([row])))
+        return _streamed_row(config, tokenizer, phases, row, seed=seed or 0)
     if seed is None:
         raise ConfigError("--row wants the seed that orders the rows: debug.seed of --config, or --seed")
-    return make_batch(training_rows(config, tokenizer, seq_len=seq_len, seed=seed).read(row, 1))
+    return make_batch(training_rows(config, tokenizer, seq_len=phases.longest, seed=seed, phases=phases).read(row, 1))
+
+
+def _streamed_row(config: DataConfig, tokenizer: Tokenizer, phases: Phases, row: int, *, seed: int) -> Batch:
+    """Row ``row`` of streams, read up to there through the phases before."""
+    mixture = config.source if isinstance(config.source, MixtureConfig) else None
+    sources = opened_mixture(config, lambda alone: SplitSource(alone, "train")) if mixture else [SplitSource(config, "train")]
+    n_streams, _ = RunLayout(phases, 0, 1).streams(config.streams, n_workers=0)
+    stream, cursor, rows = row % n_streams, (Cursor(),) * len(sources), list[Any]()
+    ends = [phase.first_row for phase in phases.parts[1:]]
+    for phase, end in zip(phases.parts, [*ends, row + 1], strict=True):
+        readers = [
+            StreamReader(
+                source,
+                tokenizer,
+                seq_len=phase.seq_len,
+                n_streams=n_streams,
+                streams=[stream],
+                cursors={stream: at},
+                packing=config.packing,
+                shuffle=Shuffle(config.shuffle_documents, seed),
+            )
+            for source, at in zip(sources, cursor, strict=True)
+        ]
+        first = phase.first_row + (stream - phase.first_row) % n_streams
+        mixed = MixedStreamReader(mixture, readers, n_streams=n_streams, cursors={stream: cursor}, next_row=first) if mixture else None
+        for _ in range(first, min(end, row + 1), n_streams):
+            rows = [(mixed or readers[0]).next_row(stream)]
+            cursor = rows[0].cursor if mixed else (rows[0].cursor,)
+    return make_batch((mixed_stream_windows if mixture else stream_windows)(rows, np.array([row])))
 
 
 def _print_row(batch: Batch, tokenizer: Tokenizer) -> None:

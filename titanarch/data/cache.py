@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -16,7 +15,7 @@ from titanarch.data.indexed import IndexedData
 from titanarch.data.prepare import prepare
 from titanarch.data.skips import count
 from titanarch.data.sources import MixtureConfig, Split, TokensConfig, TokensSource
-from titanarch.data.split import SplitSource, has_validation, no_validation, open_source
+from titanarch.data.split import SplitSource, has_validation, no_validation, open_source, opened_mixture
 from titanarch.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,17 +54,7 @@ def _told(data: IndexedData) -> IndexedData:
 
 def open_mixture(config: DataConfig, tokenizer: Tokenizer) -> list[IndexedData]:
     """The training tokens of each source of a mixture; a DataError names the source by its place."""
-    assert isinstance(config.source, MixtureConfig), "asked for a mixture alone"
-    opened = []
-    for i, part in enumerate(config.source.sources):
-        alone = config.model_copy(update={"source": part.source, "validation": None})
-        try:
-            opened.append(open_tokens(alone, "train", tokenizer))
-        except DataError as error:
-            place = f"data.source.sources[{i}].source"
-            problems = (replace(problem, key=problem.key.replace("data.source", place, 1)) for problem in error.problems)
-            raise DataError(*problems) from error
-    return opened
+    return opened_mixture(config, lambda alone: open_tokens(alone, "train", tokenizer))
 
 
 def _cached(source: SplitSource, tokenizer: Tokenizer, config: DataConfig) -> IndexedData:

@@ -84,8 +84,11 @@ class DataConfig(Section):
             raise ValueError("validation: one source, not a mixture, so that its loss has one meaning")
         if not isinstance(self.source, MixtureConfig):
             return self
-        if self.mode == "streamed":
-            raise ValueError("mode: the sources of a mixture are read in indexed mode, where their tokens are counted beforehand")
+        if self.mode == "streamed" and any(isinstance(part.source, TokensConfig) for part in self.source.sources):
+            raise ValueError("mode: prepared tokens are read in indexed mode; all sources of a mixture are read in one mode")
+        if self.mode == "streamed" and self.packing != "concat":
+            reason = "shares of a mixture that is streamed are counted in rows, which hold as many tokens with concat alone"
+            raise ValueError(f'packing: {reason}; set packing = "concat", or mode = "indexed"')
         if self.validation_fraction > 0:
             raise ValueError("validation_fraction: a mixture holds nothing out; name a source of its own in data.validation")
         if self.limit_documents:

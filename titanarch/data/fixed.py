@@ -11,11 +11,12 @@ from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixed_rows import interleaved, mixture_order
+from titanarch.data.mixed_streams import MixedStreamReader, MixedStreamRow, mixed_stream_windows, repeating
 from titanarch.data.rows import read_windows
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import MixtureConfig, Split
-from titanarch.data.split import SplitSource
-from titanarch.data.streams import StreamReader, StreamRow, stream_windows
+from titanarch.data.split import SplitSource, opened_mixture
+from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
 from titanarch.data.tokenizers import Tokenizer
 
 
@@ -115,6 +116,29 @@ class _StreamSubset:
         return make_batch(stream_windows([self._rows[row] for row in row_B], row_B))
 
 
+class _MixedStreamSubset:
+    """The first rows of a mixture that is streamed, in one stream, up to where a source has ended."""
+
+    def __init__(self, mixture: MixtureConfig, sources: list[SplitSource], tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
+        self.seq_len = seq_len
+        readers = [
+            StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0))
+            for source in sources
+        ]
+        reader = MixedStreamReader(repeating(mixture), readers, n_streams=1, cursors={0: (Cursor(),) * len(sources)}, next_row=0)
+        self._rows: list[MixedStreamRow] = []
+        while len(self._rows) < n_rows and (row := reader.next_row(0)).row.cursor.epoch == 0:
+            self._rows.append(row)
+        if not self._rows:
+            raise data_error(f"a source of the mixture has fewer than the {seq_len} tokens of a row", key="data.source.sources")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, row_B: np.ndarray) -> Batch:
+        return make_batch(mixed_stream_windows([self._rows[row] for row in row_B], row_B))
+
+
 def fixed_batches(
     config: DataConfig,
     split: Split,
@@ -129,14 +153,17 @@ def fixed_batches(
     """The same rows of ``split`` at every call and in every layout, documents end to end.
 
     ``n_rows``: spread evenly over the split, or all there are if fewer; None: all, in which every token but the first
-    is once a target or begins a document. The training split of streamed data gives its first rows, that of a mixture
+    is once a target or begins a document. The training split of streamed data gives its first rows, that of an indexed mixture
     rows in the shares that its first rows have; both need a number. ``batch_size`` is a rank's, in rows. Raises DataError.
     """
     if config.mode == "streamed" and split == "train":
         if n_rows is None:
             raise ValueError("streamed training data are not read to their end for a fixed subset: give n_rows")
-        source = SplitSource(config, split)
-        rows: _Rows = _StreamSubset(source, tokenizer, seq_len=seq_len, n_rows=n_rows)
+        if isinstance(config.source, MixtureConfig):
+            sources = opened_mixture(config, lambda alone: SplitSource(alone, "train"))
+            rows: _Rows = _MixedStreamSubset(config.source, sources, tokenizer, seq_len=seq_len, n_rows=n_rows)
+        else:
+            rows = _StreamSubset(SplitSource(config, split), tokenizer, seq_len=seq_len, n_rows=n_rows)
     elif isinstance(source_config := config.source_of(split), MixtureConfig):
         if n_rows is None:
             raise ValueError("a mixture has no end: give n_rows")

@@ -211,7 +211,7 @@ class IndexWriter:
         if self._shards[-1].n_bytes >= self._shard_bytes:
             self._shards.append(self._create(f"tokens-{len(self._shards):05d}.bin"))
         self._shards[-1].write(tokens.astype(self._dtype).tobytes() + self._end)
-        self._ids.write(document_id.encode())
+        self._ids.write(document_id.encode(errors="backslashreplace"))
         self.n_documents += 1
         self.n_tokens += len(tokens) + len(self._end) // self._dtype.itemsize
         self.n_bytes += n_bytes

@@ -53,6 +53,12 @@ class IndexedData(Sequence[TokenizedDocument]):
         self._bytes = _map(folder / "bytes.bin", np.dtype("<i8"))
         self._ids, self._id_offsets = folder / "ids.bin", _map(folder / "id_offsets.bin", np.dtype("<i8"))
         self._n_end_tokens = 0 if tokenizer.eos_id is None else 1
+        n_there = (self._shard_ends or [0])[-1], len(self._offsets) - 1, len(self._bytes), len(self._id_offsets) - 1
+        n_told = self.meta.tokens, self.meta.documents, self.meta.documents, self.meta.documents
+        if n_there != n_told or int(self._offsets[-1]) != self.meta.tokens:
+            raise data_error(
+                "does not fit the files beside it: tokens or documents are missing; prepare the data again", file=folder / "meta.json"
+            )
         self._limit(self.meta.documents)
 
     def _limit(self, n_documents: int) -> None:
@@ -165,9 +171,13 @@ def _read_meta(folder: Path) -> Meta:
         remedy = "update titanarch" if values["version"] > VERSION else "prepare the data again"
         raise data_error(f"is of format version {values['version']}, this titanarch reads {VERSION}: {remedy}", file=path)
     try:
-        return Meta.model_validate_json(text)
+        meta = Meta.model_validate_json(text)
     except ValidationError as error:
         raise data_error(f"is damaged: {error}", file=path) from error
+    for name in meta.files:
+        if name != Path(name).name:
+            raise data_error(f"names a file that is not of this folder, '{name}': it is damaged, or of a stranger", file=path)
+    return meta
 
 
 def _check_tokenizer(folder: Path, meta: Meta, tokenizer: Tokenizer) -> None:

@@ -37,7 +37,8 @@ class Origins:
 
     ``windows``: of indexed data, how many each source has, by its name; their rows have a source (its place in ``windows``), an
     epoch and a window. ``n_streams``: of streamed data; row k is of stream k mod n_streams, and has the place (pass, document, token)
-    where the stream stood before it and after it.
+    where the stream stood before it and after it. Of a mixture that is streamed, ``windows`` names the sources, without their windows,
+    and the place is preceded by the source.
     """
 
     windows: dict[str, int] = field(default_factory=dict)
@@ -46,7 +47,9 @@ class Origins:
     @property
     def columns(self) -> tuple[str, ...]:
         """The numbers of a row's origin."""
-        return STREAMED if self.n_streams else INDEXED
+        if not self.n_streams:
+            return INDEXED
+        return ("source", *STREAMED) if self.windows else STREAMED
 
 
 @dataclass(frozen=True)

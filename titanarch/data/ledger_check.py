@@ -46,7 +46,12 @@ def check_ledger(lineage: Lineage) -> LedgerReport:
     found.numbers(rows_NI, _unrecorded(lineage))
     found.same(rows_NI, _joined(lineage.again, n_columns), lineage.origins.columns)
     gaps = bool(lineage.missing)
-    if lineage.origins.n_streams:
+    if lineage.origins.n_streams and lineage.origins.windows:
+        passes = []
+        for source, name in enumerate(lineage.origins.windows):
+            own_NI = np.delete(rows_NI[rows_NI[:, 1] == source], 1, axis=1)
+            passes += [f"{name}, {line}" for line in found.streams(own_NI, lineage.origins.n_streams, gaps=gaps)]
+    elif lineage.origins.n_streams:
         passes = list(found.streams(rows_NI, lineage.origins.n_streams, gaps=gaps))
     else:
         passes = list(found.windows(rows_NI, lineage.origins.windows, gaps=gaps))

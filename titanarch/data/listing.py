@@ -10,7 +10,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from titanarch.data.errors import DataError, data_error
-from titanarch.data.retry import Reading, is_final
+from titanarch.data.retry import Reading, http_status, is_final
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 """The extra of this package that brings a protocol."""
@@ -47,6 +47,9 @@ def find_files(patterns: Iterable[str], *, key: str = "data.source.paths", readi
         files = [data_file(fs, info) for info in infos if info["type"] == "file"]
         if not files:
             raise data_error("no file matches", file=pattern, key=key)
+        for file in files:
+            if not _is_utf8(file.url):
+                raise data_error("the file's name is not UTF-8: rename it", file=file.url, key=key)
         found.update({file.url: file for file in files if file.url not in found})
     return list(found.values())
 
@@ -65,7 +68,7 @@ def _infos(fs: Any, path: str, pattern: str, *, is_glob: bool, key: str, reading
         except FileNotFoundError as error:
             if not is_final(error):
                 raise
-            raise data_error("the file does not exist", file=file, key=key) from error
+            raise data_error(why_missing(error), file=file, key=key) from error
         except OSError as error:
             if not is_local(pattern) and not is_final(error):
                 raise
@@ -77,6 +80,22 @@ def _infos(fs: Any, path: str, pattern: str, *, is_glob: bool, key: str, reading
         if error.problems[0].key:
             raise
         raise data_error(error.problems[0].message, file=pattern, key=key) from error
+
+
+def why_missing(error: FileNotFoundError) -> str:
+    """fsspec calls a file missing also where a server refuses to show it."""
+    if error.__cause__ is None or http_status(error.__cause__) in (None, 404, 410):
+        return "the file does not exist"
+    return f"the server does not give it, are credentials missing? {error.__cause__}"
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name can be written down; Python keeps other bytes of names as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def filesystem(url: str, key: str) -> tuple[Any, str]:

@@ -32,7 +32,7 @@ def check_repeats(passes: Sequence[Passes], *, allowed: bool) -> None:
         )
 
 
-def repeated(epoch: int) -> ConfigError:
+def repeated(epoch: int, *, source: str = "the source") -> ConfigError:
     """What to raise when pass ``epoch``, counted from 1, begins and is not allowed."""
-    message = f"epoch {epoch} of the source begins here, and more than {MOST_EPOCHS} are not allowed: {_REMEDY}"
+    message = f"epoch {epoch} of {source} begins here, and more than {MOST_EPOCHS} are not allowed: {_REMEDY}"
     return ConfigError(Problem(f"{message}; the run goes on from its newest checkpoint", "data.allow_repeat"))

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+CREDENTIALS_MISSING = ("NoCredentialsError", "PartialCredentialsError")
+"""Of botocore, by name since it is an optional package."""
+
 LOUD_FAILURES = 3  # of one read, from which on they are warnings
 
 
@@ -83,14 +86,16 @@ def is_final(error: BaseException) -> bool:
     """
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return is_final(error.__cause__)
-    status = _http_status(error)
+    status = http_status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 425, 429)
+    if type(error).__name__ in CREDENTIALS_MISSING:
+        return True
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, TypeError, ValueError)
     return isinstance(error, final)
 
 
-def _http_status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The status of the answer that ``error`` reports: aiohttp and gcsfs keep it, huggingface_hub and requests their answer."""
     answer = getattr(error, "response", None)
     for holder, name in ((error, "status"), (answer, "status_code"), (error, "code")):

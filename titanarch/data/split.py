@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import DataError, data_error
-from titanarch.data.sources import SOURCES, Document, Position, Source, Split, TextSource, TokensConfig, TokensSource
+from titanarch.data.sources import SOURCES, Document, MixtureConfig, Position, Source, Split, TextSource, TokensConfig, TokensSource
 from titanarch.data.tokenizers import Tokenizer
+
+Opened = TypeVar("Opened")
 
 
 class Record(NamedTuple):
@@ -93,9 +95,23 @@ def open_source(config: DataConfig, split: Split) -> Source:
         raise DataError(*problems) from error
 
 
+def opened_mixture(config: DataConfig, opened: Callable[[DataConfig], Opened]) -> list[Opened]:
+    """What ``opened`` makes of the section with each source of a mixture for its own; a DataError names the source by its place."""
+    assert isinstance(config.source, MixtureConfig), "asked for a mixture alone"
+    found = []
+    for i, part in enumerate(config.source.sources):
+        try:
+            found.append(opened(config.model_copy(update={"source": part.source, "validation": None})))
+        except DataError as error:
+            place = f"data.source.sources[{i}].source"
+            problems = (replace(problem, key=problem.key.replace("data.source", place, 1)) for problem in error.problems)
+            raise DataError(*problems) from error
+    return found
+
+
 def held_out(document_id: str, fraction: float) -> bool:
     """Whether a document is validation: its hash, as a number in [0, 1), lies below ``fraction``."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(document_id.encode(errors="backslashreplace")).digest()[:8], "big") < fraction * 2**64
 
 
 def has_validation(config: DataConfig) -> bool:

@@ -137,6 +137,11 @@ class StreamReader:
         self._aside = _Aside()
         self._scan: Iterator[tuple[int, Record, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
 
+    @property
+    def skipped(self) -> SkipCounts:
+        """What was passed over so far."""
+        return self._source.source.skips.counts
+
     def only(self, streams: Sequence[int]) -> "StreamReader":
         """A fresh reader of some of the streams, from the cursors that this one began with."""
         return StreamReader(

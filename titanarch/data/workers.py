@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Windows
 from titanarch.data.layout import RowLayout
+from titanarch.data.mixed_streams import MixedStreamReader, MixedStreamRow
 from titanarch.data.orphans import exit_with_parent
 from titanarch.data.rows import RunRows
 from titanarch.data.streams import StreamReader, StreamRow
@@ -106,10 +107,10 @@ class _StreamDataset(IterableDataset[Any]):
     wrong with the data is handed over as a value: the pool would wrap the exception in a traceback.
     """
 
-    def __init__(self, reader: StreamReader) -> None:
+    def __init__(self, reader: StreamReader | MixedStreamReader) -> None:
         self._reader = reader
 
-    def __iter__(self) -> Iterator[StreamRow | ConfigError | None]:
+    def __iter__(self) -> Iterator[StreamRow | MixedStreamRow | ConfigError | None]:
         worker = get_worker_info()
         assert worker is not None, "runs in a worker"
         streams = self._reader.streams
@@ -129,13 +130,13 @@ class _StreamDataset(IterableDataset[Any]):
 class StreamWorkers:
     """Processes that tokenize the streams of ``reader``; the rows come in the order of ``reader.streams``."""
 
-    def __init__(self, reader: StreamReader, n_workers: int) -> None:
+    def __init__(self, reader: StreamReader | MixedStreamReader, n_workers: int) -> None:
         self._n_streams, self._n_workers = len(reader.streams), n_workers
         self._pool = _Pool(_StreamDataset(reader), n_workers=n_workers, prefetch_factor=max(2, self._n_streams // n_workers))
         self._place = 0
 
-    def next_row(self, stream: int) -> StreamRow:
-        """The next row, which the caller knows to be of ``stream``."""
+    def next_row(self, stream: int) -> Any:
+        """The next row, a StreamRow or MixedStreamRow, which the caller knows to be of ``stream``."""
         item = self._pool.next()
         if isinstance(item, ConfigError):
             raise item

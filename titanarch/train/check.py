@@ -43,7 +43,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
     collect(check_sinks, config.metrics)
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)
-    collect(_check_phases, config)
+    collect(check_phases, config)
     collect(_check_schedule, config)
     collect(_check_best, config)
     collect(_check_bad_gradients, config)
@@ -76,7 +76,7 @@ def kernel_problems(model: Model, device_type: str, *, compiled: bool) -> list[P
     return [Problem(reason, "model.mixers") for reason in reasons]
 
 
-def _check_phases(config: RunConfig) -> None:
+def check_phases(config: RunConfig) -> None:
     """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
     phases = config.training.run_phases(1)
     shapes = {(phase.seq_len, phase.local_batch_size) for phase in phases.parts}

@@ -44,6 +44,15 @@ class Position(NamedTuple):
     record: int = 0
 
 
+def half_of_pair(text: str) -> str:
+    """What is wrong with a text that has half of a surrogate pair, which JSON can spell and UTF-8 cannot; else empty."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"is no text: its character {error.start} is half of a surrogate pair, \\u{ord(text[error.start]):04x}"
+    return ""
+
+
 class Source(ABC):
     """Documents, of text or tokenized already."""
 

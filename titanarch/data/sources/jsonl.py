@@ -13,7 +13,7 @@ from titanarch.config.section import ListOf
 from titanarch.data.errors import data_error
 from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
-from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource, half_of_pair
 
 
 class JsonlConfig(FilesConfig):
@@ -50,6 +50,8 @@ class JsonLines(TextSource):
             raise data_error(f"is not UTF-8: {error.reason} at byte {error.start} of the line", file=url, line=line) from error
         except json.JSONDecodeError as error:
             raise data_error(f"is not JSON: {error.msg} at column {error.colno}", file=url, line=line) from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
+            raise data_error(f"is JSON beyond what is read: {error}", file=url, line=line) from error
         if not isinstance(item, dict):
             raise data_error(f"is no JSON object but {shown(item)}", file=url, line=line)
         for key in filter(None, (self.text_key, self.id_key)):
@@ -58,6 +60,8 @@ class JsonLines(TextSource):
                 raise data_error(f"the object has no key '{key}'{hint} (set data.source.text_key or id_key)", file=url, line=line)
         if not isinstance(item[self.text_key], str):
             raise data_error(f"'{self.text_key}' must be a string, not {shown(item[self.text_key])}", file=url, line=line)
+        if problem := half_of_pair(item[self.text_key]):
+            raise data_error(f"'{self.text_key}' {problem}", file=url, line=line)
         return item
 
     def parse(self, position: Position, record: bytes) -> Document:

@@ -66,13 +66,32 @@ class ParquetSource(TextSource):
                 record += n_rows
                 continue
             for batch in table.iter_batches(ROWS_A_BATCH, row_groups=[group], columns=self._columns):
-                for row in zip(*(batch.column(column).to_pylist() for column in self._columns), strict=True):
+                for row in zip(*(_values(batch.column(column)) for column in self._columns), strict=True):
                     if record >= first:
                         yield Position(number, 0, record), row
                     record += 1
 
     def parse(self, position: Position, record: tuple[Any, ...]) -> Document:
         file, text = self.files[position.file], record[0]
+        for column, value in zip(self._columns, record, strict=True):
+            if isinstance(value, UnicodeDecodeError):
+                message = f"'{column}' is not UTF-8: {value.reason} at its byte {value.start}"
+                raise data_error(message, file=file.url, line=position.record + 1)
         if not isinstance(text, str):
             raise data_error(f"'{self._columns[0]}' must be a string, not {shown(text)}", file=file.url, line=position.record + 1)
         return Document(str(record[-1]) if self._has_id else f"{file.name}:{position.record + 1}", text)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; in place of a text that is not UTF-8 the error that says so, for ``parse`` to raise."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error

@@ -14,7 +14,7 @@ from titanarch.data.errors import DamagedFile, DataError, data_error
 from titanarch.data.files import BUFFER_BYTES, ByteStream
 from titanarch.data.listing import find_files
 from titanarch.data.retry import Reading
-from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource
+from titanarch.data.sources.base import SOURCES, Document, FilesConfig, Position, TextSource, half_of_pair
 
 TAR_BUFFER_BYTES = 1 << 16
 
@@ -82,7 +82,9 @@ class TarSource(TextSource):
         archive = None
         key, offset, sample = "", begin, Sample("", "", None, "")
         try:
-            archive = tarfile.open(fileobj=stream, mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictHeader)  # type: ignore[call-overload]  # noqa: SIM115
+            archive = tarfile.open(  # type: ignore[call-overload]  # noqa: SIM115
+                fileobj=stream, mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictHeader, errors="backslashreplace"
+            )
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it keeps all it has seen
                 if member.isdir():
@@ -130,7 +132,7 @@ class TarSource(TextSource):
             raise self._malformed(
                 f"the member '{record.member}' is not UTF-8: {error.reason} at its byte {error.start}", position
             ) from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # beside what is no JSON, a number of too many digits or brackets too deep
             raise self._malformed(f"the member '{record.member}' is not JSON: {error}", position) from error
         if self._extension.endswith("json"):
             if not isinstance(value, dict):
@@ -141,6 +143,8 @@ class TarSource(TextSource):
             value = value[self._text_key]
         if not isinstance(value, str):
             raise self._malformed(f"'{self._text_key}' of '{record.member}' must be a string, not {shown(value)}", position)
+        if problem := half_of_pair(value):
+            raise self._malformed(f"'{self._text_key}' of '{record.member}' {problem}", position)
         return Document(f"{file.name}:{record.key}", value)
 
     def _malformed(self, message: str, position: Position) -> DataError:

@@ -1,15 +1,17 @@
 """What a tokenizer is."""
 
 import importlib.resources
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import fsspec
 import numpy as np
 
 from titanarch.config.registry import ComponentConfig, Registry
-from titanarch.data.errors import data_error
+from titanarch.data.errors import DataError, data_error
+from titanarch.data.listing import filesystem, why_missing
+from titanarch.data.retry import Reading
 
 BUILTIN = "builtin"
 SPACE_MARK = "\u2581"  # stands for a space in SentencePiece's pieces
@@ -80,11 +82,13 @@ def file_bytes(path: str, builtin: str) -> bytes:
     """The tokenizer file at an fsspec URL, or the one that comes with the package."""
     if path == BUILTIN:
         return importlib.resources.files("titanarch.data").joinpath("corpus", "tokenizers", builtin).read_bytes()
+    fs, place = filesystem(path, "data.tokenizer.path")
     try:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise data_error(f"cannot read the tokenizer: {error.strerror or error}", file=path, key="data.tokenizer.path") from error
+        return Reading().persist(lambda failures: bytes(fs.cat_file(place)), url=path, offset=0, closing=threading.Event())
+    except DataError as error:
+        cause = error.__cause__
+        reason = why_missing(cause) if isinstance(cause, FileNotFoundError) else str(cause)
+        raise data_error(f"cannot read the tokenizer: {reason}", file=path, key="data.tokenizer.path") from error
 
 
 def piece_bytes(piece: str) -> int:
