@@ -15,6 +15,7 @@ from titanarch.contract.growth import Growth
 from titanarch.contract.init import Init, InitConfig, qualified_names
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import roles_of
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.width import maximal_update
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.models.mixers.attention import Attention
@@ -79,6 +80,41 @@ def test_scale_of_attention_falls_by_the_head_size() -> None:
     assert isinstance(mixer, Attention)
     assert mixer.head_dim == 16
     assert mixer.config.scale == pytest.approx(math.sqrt(4) / 16)  # 1/sqrt(K) at the base's 4 channels, 1/K beyond
+
+
+def test_low_rank_maps_of_rwkv7_learn_as_matrices_whatever_their_ranks() -> None:
+    """The first factor reads the width, also where both models have the same ranks."""
+    ranks = dict.fromkeys(("decay_rank", "rate_rank", "value_rank", "gate_rank"), 32)
+    _, growth = grown({"d_model": 24, "n_heads": 2}, {**TABLE, "n_layers": 2, "layers": ["rwkv7"], "mixers": {"rwkv7": ranks}})
+    for name in ("w", "a", "v", "g"):
+        assert growth[f"layers.1.mixer.{name}1.weight"].lr_factor == pytest.approx(1 / 4), name
+        assert growth[f"layers.1.mixer.{name}2.weight"] == Growth(), name
+    assert growth["layers.1.mixer.v2.bias"] == Growth()
+
+
+def test_factors_that_a_model_takes_from_its_width_stay_those_of_the_base() -> None:
+    scaled, _ = grown({"d_model": 24, "n_heads": 2}, {**TABLE, "mixers": {"attention": {}}, "scale_embedding": True})
+    assert scaled.embedding_scale == pytest.approx(math.sqrt(24))
+    t5 = {"name": "encoder_decoder", "n_encoder_layers": 1, "n_decoder_layers": 1, "tied_head": True, "scale_head": True}
+    sizes = {"d_model": 96, "n_heads": 6, "channel": "swiglu", "spans": {"n_sentinels": 4}}
+    restoring, _ = grown({"d_model": 24, "n_heads": 2}, {**t5, **sizes})
+    assert (restoring.head_scale, restoring.output_multiplier) == (pytest.approx(24**-0.5), pytest.approx(1 / 4))
+
+
+def test_an_energy_is_divided_as_logits_are() -> None:
+    """What the steps do with u is linear in the energy, so a quarter of the multiplier is a quarter of the step size."""
+    table = {"name": "ebt", "n_layers": 1, "d_model": 16, "n_heads": 2, "channel": {"kind": "mlp", "d_ff": 24}, "learn_step_size": False}
+    tokens, seq, logits = torch.arange(8)[None], SequenceInfo.whole(1, 8), []
+    for multiplier, step_size in ((0.25, 2.0), (1.0, 0.5)):
+        config = MODELS.resolve({**table, "step_size": step_size})
+        model = MODELS.of(config)(config, 50, 16)
+        model.reset_parameters(Init(config.init, names=qualified_names(model), seed=3, n_layers=1))
+        model.output_multiplier = multiplier
+        with torch.no_grad():
+            logits.append(model.logits(tokens, seq))
+    torch.testing.assert_close(*logits)
+    wide, _ = grown({"d_model": 8, "n_heads": 1}, table)
+    assert wide.output_multiplier == 0.5
 
 
 def weights(growth: dict[str, Growth] | None, scheme: str) -> dict[str, torch.Tensor]:
