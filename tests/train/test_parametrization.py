@@ -19,6 +19,7 @@ from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.width import maximal_update
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.models.mixers.attention import Attention
+from titanarch.train.coordinate_check import at_width
 from titanarch.train.optimizers import AdamWConfig, MuonConfig, build_optimizers
 from titanarch.train.parametrization import base_config
 
@@ -115,6 +116,30 @@ def test_an_energy_is_divided_as_logits_are() -> None:
     torch.testing.assert_close(*logits)
     wide, _ = grown({"d_model": 8, "n_heads": 1}, table)
     assert wide.output_multiplier == 0.5
+
+
+@pytest.mark.parametrize("table", [{"name": "ebt", "n_layers": 1}, {"name": "decoder", "n_layers": 1}])
+def test_the_base_has_its_heads_in_its_mixers_too(table: dict[str, Any]) -> None:
+    config = MODELS.resolve({**table, "d_model": 96, "n_heads": 6, "channel": "swiglu"})
+    base = base_config(config, {"d_model": 32, "n_heads": 2})
+    assert (base.mixer if table["name"] == "ebt" else base.mixers["attention"]).n_heads == 2  # type: ignore[attr-defined]
+
+
+def test_a_model_at_another_width_grows_in_all_its_parts() -> None:
+    stack = {"layers": ["attention"]}
+    stages = [
+        {"encoder": stack, "decoder": stack},
+        {"encoder": stack, "decoder": stack, "d_model": 48, "channel": {"kind": "mlp", "d_ff": 64}},
+    ]
+    table = {"name": "hnet", "d_model": 32, "n_heads": 4, "stages": stages, "main": {**stack, "d_model": 64}, "channel": "swiglu"}
+    wide = at_width(MODELS.resolve({**table, "mixers": {"attention": {"n_heads": 2, "n_kv_heads": 1}}}), 96).model_dump()
+    assert [wide["d_model"], wide["stages"][1]["d_model"], wide["main"]["d_model"]] == [96, 144, 192]
+    assert wide["stages"][1]["channel"]["d_ff"] == 192
+    assert (wide["mixers"]["attention"]["n_heads"], wide["mixers"]["attention"]["n_kv_heads"]) == (6, 3)
+    several = {**TABLE, "channel_layers": ["experts"], "channels": {"experts": {"kind": "moe", "d_ff": 8}}}
+    assert at_width(MODELS.resolve(several), 192).model_dump()["channels"]["experts"]["d_ff"] == 16
+    with pytest.raises(ConfigError, match=r"width 48 would have 3 x 48 / 96 as its model.mixers.attention.n_kv_heads, no whole number"):
+        at_width(MODELS.resolve(TABLE), 48)
 
 
 def weights(growth: dict[str, Growth] | None, scheme: str) -> dict[str, torch.Tensor]:
