@@ -40,7 +40,7 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
         (["--model.n_heads", "5"], ["not a multiple of n_heads (5)"]),
         (["--model.layers", '["attention", "mamba3"]'], ["unknown mixer 'mamba3'", "did you mean 'mamba2'"]),
         (["--model.layers", '["gla"]', "--model.mixers.gla.backend", "fla"], ["backend 'fla' is for CUDA, and this is cpu"]),
-        (["--model.layers", '["mamba2"]', "--model.mixers.mamba2.head_dim", "7"], ["do not make the inner width 64", "give a divisor of 64"]),
+        (["--model.layers", '["mamba2"]', "--model.mixers.mamba2.head_dim", "7"], ["do not make the inner width 64"]),
         (["--training.global_batch_size", "7", "--training.local_batch_size", "2"], ["training", "global_batch_size", "multiple of 2"]),
         (["--training.tokens", "100"], ["exactly one of steps, tokens and minutes"]),
         (["--parallelism.tensor_parallel_degree", "2"], ["tensor_parallel_degree", "does not divide the 1 processes"]),

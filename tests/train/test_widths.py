@@ -16,6 +16,8 @@ from titanarch.train.run_config import RunConfig
 
 SEED, STEPS, WIDTHS, TOLERANCE = 7, 3, (D_MODEL, 8 * D_MODEL), 0.35
 """The narrow width makes exponents of -0.4 to 0.25 of what does not grow; a factor of the width left out adds 0.5 or 1."""
+OF_LOGITS = (-0.68, 0.15)
+"""They have -0.61 to -0.1, since the random part of them shrinks; 0.3 with an energy left as it is, -0.7 and -0.9 with sqrt(d_model)."""
 
 
 def run_table(row: Row, cache: Path) -> dict[str, Any]:
@@ -57,3 +59,5 @@ def test_nothing_moves_the_more_the_wider_the_model_is(tmp_path: Path) -> None:
     assert all("logits" in exponents for exponents in found.values())
     growing = {(row, part): e for row, exponents in found.items() for part, e in exponents.items() if not e <= TOLERANCE}
     assert growing == {}
+    logits = {row: exponents["logits"] for row, exponents in found.items()}
+    assert {row: exponent for row, exponent in logits.items() if not OF_LOGITS[0] <= exponent <= OF_LOGITS[1]} == {}
