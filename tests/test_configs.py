@@ -11,8 +11,11 @@ from torch import nn
 
 from titanarch.config.identity import identity_table
 from titanarch.config.load import load_config
+from titanarch.contract.channel import CHANNELS
 from titanarch.contract.cost import Cost
 from titanarch.contract.init import Init, qualified_names
+from titanarch.contract.linear import LINEARS
+from titanarch.contract.mixer import MIXERS
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.data.tokenizers import build_tokenizer
@@ -224,6 +227,21 @@ def test_architectures_have_as_many_parameters_as_small(name: str) -> None:
     assert small == pytest.approx(cost.non_embedding_parameters, rel=0.01) or small == pytest.approx(
         cost.active_parameters - cost.embedding_parameters, rel=0.01
     )
+
+
+def kinds_in(table: Any) -> set[str]:
+    """The names of all components in a [model] table."""
+    if isinstance(table, dict):
+        own = {table[key] for key in ("kind", "name") if isinstance(table.get(key), str)}
+        return own.union(*(kinds_in(value) for value in table.values()))
+    return set().union(*map(kinds_in, table)) if isinstance(table, list | tuple) else set()
+
+
+def test_architectures_have_every_model_mixer_channel_mixer_and_linear_layer() -> None:
+    """``external`` is whatever a user brings."""
+    registries = (MODELS, MIXERS, CHANNELS, LINEARS)
+    shipped = {name for registry in registries for name in registry if registry[name].__module__.startswith("titanarch.models.")}
+    assert shipped - kinds_in([loaded(name).model.model_dump() for name in ARCHITECTURES]) == {"external"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -67,6 +67,20 @@ def test_toml_is_valid(page: str, tmp_path: Path) -> None:
         load_config(file, [], RunConfig)
 
 
+MARCH = (
+    *("BaselineV2", "BaselineLarge", "DOBaseline", "T5Small", "T5Large", "SmallFullTrain", "ModelDim*", "Layers*", "FFDim*", "FFScale*"),
+    *("NoFF", "NoFFParamMatch", "ValuesRelu", "ValuesReluNoUpProj", "ValuesReluFirstFF", "FCABS", "mixed activations", "scaling heads"),
+    *("big heads (summed, pooled)", "a database", "unified attention", "tensor-product weights and embeddings", "sparse lengths"),
+    "cross-attention without key and value weights",
+)
+"""Its classes of experiments and, of those whose sources are lost, their names."""
+
+
+def test_every_experiment_of_march_is_named() -> None:
+    text = " ".join((DOCS / "from_the_notes.md").read_text("utf-8").split())
+    assert [name for name in MARCH if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)] == []
+
+
 def fields_of(section: type[Section], name: str) -> Iterator[type[Section]]:
     """The sections that may stand in a field: its own, or those of the components that it can name."""
     field = section.model_fields[name]

@@ -7,7 +7,7 @@ import pytest
 from tests.train.runs import environment, run_forks
 from titanarch.cli.components import SLOTS, divided_by, entries
 from titanarch.cli.main import main
-from titanarch.contract.channel import CHANNELS
+from titanarch.contract.channel import ACTIVATIONS, CHANNELS
 from titanarch.contract.mixer import MIXERS
 from titanarch.contract.model import MODELS
 
@@ -44,6 +44,8 @@ def test_declarations_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert divided_by(MIXERS["external"]) == "-"
     assert divided_by(CHANNELS["mlp"]) == "TP; CP: any"
     assert divided_by(MODELS["decoder"]) == "TP, CP as its parts"
+    assert divided_by(ACTIVATIONS["isotropic"]) == "TP; CP: any"
+    assert divided_by(ACTIVATIONS["isotropic_as_in_the_notes"]) == "CP: any", "it reads all hidden units"
     assert main(["components", "channel"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["slot", "name"]

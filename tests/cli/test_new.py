@@ -1,11 +1,13 @@
 """``titanarch new``: what it writes works as it is."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.user_code import losses_of_three_steps, python
 from titanarch.cli.main import main
+from titanarch.cli.new import written
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,36 @@ def test_it_trains(folder: Path) -> None:
         ("channel", "swiglu", "a channel mixer 'swiglu' comes with titanarch"),
         ("mixer", "json", "'json' is a Python module already"),
         ("mixer", "torch", "'torch' is a Python module already"),
+        ("mixer", "linear", "'linear' would have a class Linear, a name that the file has for something else; try my_linear"),
+        ("mixer", "mixer", "'mixer' would have a class MixerConfig"),
+        ("channel", "f", "'f' would have a class F,"),
+        ("mixer", "none", "'none' would have a class None"),
+        ("mixer", "true", "'true' would have a class True"),
     ],
 )
 def test_a_bad_name_is_refused(slot: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", slot, name, "--folder", str(tmp_path / "there")]) == 2
     assert capsys.readouterr().err.startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("slot", "example"), [("mixer", "moving_average"), ("channel", "squared_relu")])
+def test_the_examples_own_name_may_be_a_part(slot: str, example: str) -> None:
+    """Every name is that of another component, with as much more."""
+    longer, plain = written(slot, f"my_{example}", Path()), written(slot, "plain_one", Path())
+    class_name = "".join(map(str.capitalize, example.split("_")))
+    for (name, text), other in zip(longer.items(), plain.values(), strict=True):
+        assert text == other.replace("plain_one", f"my_{example}").replace("PlainOne", f"My{class_name}"), name
+
+
+def test_commands_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my ideas"
+    assert main(["new", "mixer", "mine", "--folder", str(folder)]) == 0
+    _, _, *commands = capsys.readouterr().out.splitlines()
+    written_in_toml = (folder / "mine.toml").read_text().splitlines()[2].removeprefix("# Command: ")
+    for command in (*commands, written_in_toml):
+        assert shlex.split(command)[0] == f"PYTHONPATH={folder}"
+    assert shlex.split(commands[2])[-1] == shlex.split(written_in_toml)[-1] == f"{folder}/mine.toml"
 
 
 @pytest.mark.parametrize("name", ["mine.py", "mine.toml", "test_mine.py"])

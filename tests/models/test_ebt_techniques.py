@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
 from tests.distributed import run_distributed
-from tests.models.test_ebt import BASE, S2, T, V, batch, ebt
+from tests.models.test_ebt import BASE, S2, T, V, batch, ebt, packed
 from titanarch.config.errors import ConfigError
 from titanarch.contract.init import qualified_names
 from titanarch.contract.sequence import SequenceInfo
@@ -17,6 +18,7 @@ from titanarch.models.ebt.config import EBTConfig
 from titanarch.models.ebt.model import EBT
 from titanarch.parallel.apply import materialize, parallelize
 from titanarch.parallel.check import decide_division, technique_problems
+from titanarch.parallel.compile import apply_compile
 from titanarch.parallel.config import ActivationCheckpointConfig, CompileConfig, Float8Config, ParallelismConfig
 from titanarch.parallel.mesh import build_mesh, resolve_degrees
 
@@ -76,6 +78,23 @@ def test_two_processes_train_as_one() -> None:
 
 def _gradients(model: EBT) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_compiled_step_trains_as_an_eager_one() -> None:
+    """The landscape with its inner gradient is one whole graph, whose backward has the second derivatives."""
+    seq, models = packed((4, 1, 4), n_rows=2, seed=3), [ebt({"n_layers": 1}, dtype=torch.float32) for _ in range(2)]
+    tokens, labels = batch()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    apply_compile(models[1], CompileConfig.model_validate({"enable": True, "backend": "aot_eager"}))
+    totals = [model(tokens, seq, labels).total for model in models]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one of the block's contexts, one of the landscape"
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
+    for total in totals:
+        total.backward()
+    eager, compiled = (torch.cat([gradient.flatten() for gradient in _gradients(model).values()]) for model in models)
+    assert (compiled - eager).norm() <= 1e-5 * eager.norm()
+    torch._dynamo.reset()
 
 
 def test_what_is_refused_of_techniques() -> None:

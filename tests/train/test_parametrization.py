@@ -15,9 +15,11 @@ from titanarch.contract.growth import Growth
 from titanarch.contract.init import Init, InitConfig, qualified_names
 from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import roles_of
+from titanarch.contract.sequence import SequenceInfo
 from titanarch.contract.width import maximal_update
 from titanarch.models.decoder import Decoder, DecoderConfig
 from titanarch.models.mixers.attention import Attention
+from titanarch.train.coordinate_check import at_width
 from titanarch.train.optimizers import AdamWConfig, MuonConfig, build_optimizers
 from titanarch.train.parametrization import base_config
 
@@ -79,6 +81,65 @@ def test_scale_of_attention_falls_by_the_head_size() -> None:
     assert isinstance(mixer, Attention)
     assert mixer.head_dim == 16
     assert mixer.config.scale == pytest.approx(math.sqrt(4) / 16)  # 1/sqrt(K) at the base's 4 channels, 1/K beyond
+
+
+def test_low_rank_maps_of_rwkv7_learn_as_matrices_whatever_their_ranks() -> None:
+    """The first factor reads the width, also where both models have the same ranks."""
+    ranks = dict.fromkeys(("decay_rank", "rate_rank", "value_rank", "gate_rank"), 32)
+    _, growth = grown({"d_model": 24, "n_heads": 2}, {**TABLE, "n_layers": 2, "layers": ["rwkv7"], "mixers": {"rwkv7": ranks}})
+    for name in ("w", "a", "v", "g"):
+        assert growth[f"layers.1.mixer.{name}1.weight"].lr_factor == pytest.approx(1 / 4), name
+        assert growth[f"layers.1.mixer.{name}2.weight"] == Growth(), name
+    assert growth["layers.1.mixer.v2.bias"] == Growth()
+
+
+def test_factors_that_a_model_takes_from_its_width_stay_those_of_the_base() -> None:
+    scaled, _ = grown({"d_model": 24, "n_heads": 2}, {**TABLE, "mixers": {"attention": {}}, "scale_embedding": True})
+    assert scaled.embedding_scale == pytest.approx(math.sqrt(24))
+    t5 = {"name": "encoder_decoder", "n_encoder_layers": 1, "n_decoder_layers": 1, "tied_head": True, "scale_head": True}
+    sizes = {"d_model": 96, "n_heads": 6, "channel": "swiglu", "spans": {"n_sentinels": 4}}
+    restoring, _ = grown({"d_model": 24, "n_heads": 2}, {**t5, **sizes})
+    assert (restoring.head_scale, restoring.output_multiplier) == (pytest.approx(24**-0.5), pytest.approx(1 / 4))
+
+
+def test_an_energy_is_divided_as_logits_are() -> None:
+    """What the steps do with u is linear in the energy, so a quarter of the multiplier is a quarter of the step size."""
+    table = {"name": "ebt", "n_layers": 1, "d_model": 16, "n_heads": 2, "channel": {"kind": "mlp", "d_ff": 24}, "learn_step_size": False}
+    tokens, seq, logits = torch.arange(8)[None], SequenceInfo.whole(1, 8), []
+    for multiplier, step_size in ((0.25, 2.0), (1.0, 0.5)):
+        config = MODELS.resolve({**table, "step_size": step_size})
+        model = MODELS.of(config)(config, 50, 16)
+        model.reset_parameters(Init(config.init, names=qualified_names(model), seed=3, n_layers=1))
+        model.output_multiplier = multiplier
+        with torch.no_grad():
+            logits.append(model.logits(tokens, seq))
+    torch.testing.assert_close(*logits)
+    wide, _ = grown({"d_model": 8, "n_heads": 1}, table)
+    assert wide.output_multiplier == 0.5
+
+
+@pytest.mark.parametrize("table", [{"name": "ebt", "n_layers": 1}, {"name": "decoder", "n_layers": 1}])
+def test_the_base_has_its_heads_in_its_mixers_too(table: dict[str, Any]) -> None:
+    config = MODELS.resolve({**table, "d_model": 96, "n_heads": 6, "channel": "swiglu"})
+    base = base_config(config, {"d_model": 32, "n_heads": 2})
+    assert (base.mixer if table["name"] == "ebt" else base.mixers["attention"]).n_heads == 2  # type: ignore[attr-defined]
+
+
+def test_a_model_at_another_width_grows_in_all_its_parts() -> None:
+    stack = {"layers": ["attention"]}
+    stages = [
+        {"encoder": stack, "decoder": stack},
+        {"encoder": stack, "decoder": stack, "d_model": 48, "channel": {"kind": "mlp", "d_ff": 64}},
+    ]
+    table = {"name": "hnet", "d_model": 32, "n_heads": 4, "stages": stages, "main": {**stack, "d_model": 64}, "channel": "swiglu"}
+    wide = at_width(MODELS.resolve({**table, "mixers": {"attention": {"n_heads": 2, "n_kv_heads": 1}}}), 96).model_dump()
+    assert [wide["d_model"], wide["stages"][1]["d_model"], wide["main"]["d_model"]] == [96, 144, 192]
+    assert wide["stages"][1]["channel"]["d_ff"] == 192
+    assert (wide["mixers"]["attention"]["n_heads"], wide["mixers"]["attention"]["n_kv_heads"]) == (6, 3)
+    several = {**TABLE, "channel_layers": ["experts"], "channels": {"experts": {"kind": "moe", "d_ff": 8}}}
+    assert at_width(MODELS.resolve(several), 192).model_dump()["channels"]["experts"]["d_ff"] == 16
+    with pytest.raises(ConfigError, match=r"width 48 would have 3 x 48 / 96 as its model.mixers.attention.n_kv_heads, no whole number"):
+        at_width(MODELS.resolve(TABLE), 48)
 
 
 def weights(growth: dict[str, Growth] | None, scheme: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import titanarch.models.components  # noqa: F401 (registers all)
 from titanarch.config.errors import ConfigError, did_you_mean
 from titanarch.config.registry import Registry
 from titanarch.contract.card import Card
-from titanarch.contract.channel import ACTIVATIONS, CHANNELS, ChannelMixer
+from titanarch.contract.channel import ACTIVATIONS, CHANNELS, Activation, ChannelMixer
 from titanarch.contract.linear import LINEARS, LinearLayer
 from titanarch.contract.mixer import MIXERS, SequenceMixer
 from titanarch.contract.model import MODELS, Model
@@ -100,6 +100,8 @@ def divided_by(component: type[Any]) -> str:
         return "TP; CP: any"
     if issubclass(component, LinearLayer):
         return "CP: any" if component.why_not_divided else "TP; CP: any"
+    if issubclass(component, Activation) and component.unit_group is None:
+        return "CP: any"
     # Norms, activations and positions go with what they stand in; a LocalMixer declares nothing.
     return "-" if component in map(MIXERS.__getitem__, MIXERS) else "TP; CP: any"
 

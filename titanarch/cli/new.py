@@ -7,6 +7,7 @@ import re
 import sys
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import titanarch.models.components  # noqa: F401 (registers all)
@@ -28,7 +29,7 @@ _MODEL = {
 _TOML = """\
 # Purpose: the small decoder (6 layers, 384 wide) with {name}, on the corpus that comes with titanarch.
 # Hardware: 2 CPU cores, or one GPU. Expected time and loss: not measured.
-# Command: PYTHONPATH={folder} python -m titanarch train --config {folder}/{name}.toml
+# Command: PYTHONPATH={folder} python -m titanarch train --config {toml}
 
 [job]
 dump_folder = "outputs/{name}"
@@ -101,10 +102,11 @@ def run(args: argparse.Namespace) -> int:
                 file.write(text)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    on_path = f"PYTHONPATH={quote(str(folder))}"
     print(f"wrote {', '.join(map(str, files))}. They work as they are:\n")
-    print(f"PYTHONPATH={folder} titanarch check {args.slot} {args.name} --import {args.name} --processes 2")
-    print(f"PYTHONPATH={folder} python -m pytest {folder / f'test_{args.name}.py'}")
-    print(f"PYTHONPATH={folder} titanarch train --config {folder / f'{args.name}.toml'}")
+    print(f"{on_path} titanarch check {args.slot} {args.name} --import {args.name} --processes 2")
+    print(f"{on_path} python -m pytest {quote(str(folder / f'test_{args.name}.py'))}")
+    print(f"{on_path} titanarch train --config {quote(str(folder / f'{args.name}.toml'))}")
     return 0
 
 
@@ -115,21 +117,34 @@ def check_name(slot: str, name: str) -> None:
         raise ConfigError(f"'{name}' cannot be the name of a {slot}; use lower-case letters, digits and _, such as my_{slot}")
     if name in registry:
         raise ConfigError(f"a {registry.slot} '{name}' comes with titanarch; choose another name, such as my_{name}")
+    example = _EXAMPLE[slot]
+    if name == example:
+        return
+    words = set(re.findall(r"\w+", _skeleton(f"{example}.py") + _skeleton(f"test_{example}.py")))
+    for class_name in (_class_name(name), f"{_class_name(name)}Config"):
+        if class_name in words or keyword.iskeyword(class_name):
+            raise ConfigError(f"'{name}' would have a class {class_name}, a name that the file has for something else; try my_{name}")
 
 
 def written(slot: str, name: str, folder: Path) -> dict[str, str]:
     """The three files by name: the example of the slot, renamed."""
     example = _EXAMPLE[slot]
+    toml = quote(f"{folder}/{name}.toml")
     return {
         f"{name}.py": _renamed(f"{example}.py", example, name),
-        f"{name}.toml": _TOML.format(name=name, folder=folder, model=_MODEL[slot].format(name=name)),
+        f"{name}.toml": _TOML.format(name=name, folder=quote(str(folder)), toml=toml, model=_MODEL[slot].format(name=name)),
         f"test_{name}.py": _renamed(f"test_{example}.py", example, name),
     }
 
 
 def _renamed(file: str, example: str, name: str) -> str:
-    text = resources.files(SKELETONS).joinpath(file).read_text("utf-8")
-    return text.replace(f"{SKELETONS}.{example}", name).replace(example, name).replace(_class_name(example), _class_name(name))
+    """The text of ``file`` in one pass, since ``name`` may have ``example`` in it."""
+    names = {f"{SKELETONS}.{example}": name, example: name, _class_name(example): _class_name(name)}
+    return re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], _skeleton(file))
+
+
+def _skeleton(file: str) -> str:
+    return resources.files(SKELETONS).joinpath(file).read_text("utf-8")
 
 
 def _class_name(name: str) -> str:

@@ -75,7 +75,7 @@ class Model(nn.Module, ABC):
     _updates: list[Callable[[], None]] | None = None
     """Of the channel mixers that have something to do after an update, found at the first."""
     output_multiplier: float = 1.0
-    """Factor of what the head reads; the maximal update parametrization sets it."""
+    """Factor of what the head reads, or of what it gives; the maximal update parametrization sets it."""
 
     @abstractmethod
     def __init__(self, config: Any, vocab_size: int, seq_len: int) -> None:
@@ -90,6 +90,12 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated units, first one first: what activation checkpointing and FSDP wrap."""
+
+    def grow_from(self, base: Any) -> None:
+        """Keep the factors that the model takes from its own width as ``base``, the same model at another width, has them.
+
+        ``contract.width`` calls it; blocks and mixers are no part of it. Nothing to do unless overridden.
+        """
 
     def compiled(self) -> Iterator[nn.Module]:
         """What becomes one graph each where compile is on: the blocks, unless more must be in one graph."""

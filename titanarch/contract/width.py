@@ -10,7 +10,8 @@ reads (its fan-in against the base's), Adam and:
 | head | as it is; what it reads is divided by r | as it is |
 | embeddings, gains, biases, convolutions: all else | as it is | as it is |
 
-and logits of attention are scaled by 1/K beyond the base's head size K. Shapes are global, so no layout changes a factor.
+and logits of attention are scaled by 1/K beyond the base's head size K. Factors sqrt(d_model) of embeddings and 1 / sqrt(d_model) of a
+tied head are the base's at every width. Shapes are global, so no layout changes a factor.
 """
 
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def maximal_update(model: Model, base: Model) -> dict[str, Growth]:
         raise ConfigError(Problem(f"the base model is made of other parts: {', '.join(differing[:4])}; change sizes alone", KEY))
     for mixer, base_mixer in zip(_mixers(model), _mixers(base), strict=True):
         mixer.grow_from(base_mixer)
+    model.grow_from(base)
     roles = roles_of(model)
     read_by_head = next((n for n in ours if roles[n].kind is Kind.HEAD), None) or next(n for n in ours if roles[n].kind is Kind.EMBEDDING)
     model.output_multiplier = theirs[read_by_head].shape[-1] / ours[read_by_head].shape[-1]

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D model dim, V vocabulary.
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class LanguageModel(Model):
         self.config = config
         shape = config.shape(vocab_size, seq_len)
         self.shape: ModelShape = shape
+        self.embedding_scale = math.sqrt(shape.d_model)
         self.embedding = nn.Embedding(shape.vocab_size, shape.d_model)
         self.position = ABSOLUTE_POSITIONS.of(config.position.absolute)(config.position.absolute, shape)
         self.dropout = Dropout(config.dropout, EMBEDDING_SITE)
@@ -82,6 +84,9 @@ class LanguageModel(Model):
 
     def max_length(self) -> int | None:
         return self.position.max_length()
+
+    def grow_from(self, base: Any) -> None:
+        self.embedding_scale = base.embedding_scale
 
     def reset_parameters(self, init: Init) -> None:
         """Embedding and head by the scheme, biases of a tied head 0; each component its own."""
@@ -141,7 +146,7 @@ class LanguageModel(Model):
             )
         x_BTD = self.vocabulary.embed(tokens_BT, self.embedding.weight)
         if self.config.scale_embedding:
-            x_BTD = x_BTD * math.sqrt(self.shape.d_model)
+            x_BTD = x_BTD * self.embedding_scale
         position_BT, longest = seq.position_BT, self.config.position.start_augmentation
         if longest is not None and seq.seed is not None:
             start_B = uniform_integers(seq.seed, seq.row_B, AUGMENTATION_SITE, longest - seq.length + 1)

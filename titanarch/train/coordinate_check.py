@@ -32,6 +32,8 @@ from titanarch.train.setup import LaidOut, build_model
 from titanarch.train.step import TrainStep
 
 LOGITS = "logits"
+IN_PROPORTION = ("d_model", "n_heads", "n_kv_heads", "n_key_heads", "d_ff", "value_units")
+"""Keys of [model], wherever in it they stand, that grow with the width."""
 
 
 @dataclass
@@ -63,24 +65,22 @@ def coordinate_check(config: RunConfig, processes: Processes, *, widths: Sequenc
 
 
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
-    """The model with d_model = ``width``, heads of the same size, and hidden units in proportion."""
+    """The model with d_model = ``width``, heads of the same size, and all other widths, heads and hidden units in proportion."""
     table = model.model_dump()
     d_model, n_heads = table.get("d_model"), table.get("n_heads")
     if not isinstance(d_model, int) or not isinstance(n_heads, int):
         raise ConfigError(Problem(f"the model '{model.kind}' has no d_model and n_heads to change the width by", "model.name"))
-    changes: dict[str, object] = {"d_model": width, "n_heads": _in_proportion("n_heads", n_heads, width, d_model)}
-    units = table.get("channel", {}).get("d_ff")
-    if isinstance(units, int):
-        changes["channel"] = {"d_ff": _in_proportion("d_ff", units, width, d_model)}
-    mixers = {
-        name: {"n_kv_heads": _in_proportion(f"{name}.n_kv_heads", mixer["n_kv_heads"], width, d_model)}
-        for name, mixer in table.get("mixers", {}).items()
-        if isinstance(mixer.get("n_kv_heads"), int)
-    }
-    return base_config(model, {**changes, "mixers": mixers} if mixers else changes)
+    return base_config(model, _grown(table, "model", width, d_model))
 
 
-def _in_proportion(name: str, value: int, width: int, d_model: int) -> int:
+def _grown(value: Any, name: str, width: int, d_model: int) -> Any:
+    """A part ``name`` of the [model] table with what is as wide as the model in proportion to it."""
+    if isinstance(value, Mapping):
+        return {key: _grown(inner, f"{name}.{key}", width, d_model) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_grown(inner, f"{name}[{number}]", width, d_model) for number, inner in enumerate(value)]
+    if not isinstance(value, int) or name.rpartition(".")[2] not in IN_PROPORTION:
+        return value
     if value * width % d_model:
         raise ConfigError(Problem(f"width {width} would have {value} x {width} / {d_model} as its {name}, no whole number", "--widths"))
     return value * width // d_model

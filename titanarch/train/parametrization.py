@@ -41,12 +41,14 @@ def base_config(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
 
 def _without_inherited(table: Table) -> Table:
     """``table`` without what each mixer has from it, so that a change reaches the mixers too."""
-    mixers = table.get("mixers")
-    if not isinstance(mixers, dict):
-        return table
     inherited = [(key, table[key]) for key in INHERITED_BY_MIXERS if key in table]
-    bare = {name: {k: v for k, v in mixer.items() if (k, v) not in inherited} for name, mixer in mixers.items()}
-    return {**table, "mixers": bare}
+
+    def bare(mixer: Any) -> Any:
+        return {k: v for k, v in mixer.items() if (k, v) not in inherited} if isinstance(mixer, dict) else mixer
+
+    one, several = table.get("mixer"), table.get("mixers")
+    table = table if one is None else {**table, "mixer": bare(one)}
+    return {**table, "mixers": {name: bare(mixer) for name, mixer in several.items()}} if isinstance(several, dict) else table
 
 
 def _merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> Table:

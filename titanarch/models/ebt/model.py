@@ -178,6 +178,7 @@ class EBT(Model):
             with torch.set_grad_enabled(through):
                 p_BTV = shaken(p_BTV.detach() if config.detach else p_BTV, seq, config.langevin_noise, number)
                 u_BTD, _ = self.landscape(embedded(p_BTV, weight_VD), contexts, seq)
+                u_BTD = u_BTD if self.output_multiplier == 1 else u_BTD * self.output_multiplier  # of the energy, and so of u
                 size_BT = self._size().to(dtype) * size_factors(seq, config.random_step_scale, number, dtype) * is_taken_B[:, None]
                 scored = descended(p_BTV, u_BTD, weight_VD, size_BT, labels_BT, gradient_by=config.gradient_by)
             is_last_B = (count_B == number + 1).to(dtype)

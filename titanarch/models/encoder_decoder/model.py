@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, S tokens of the encoder, U targets of the decoder, D m
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class EncoderDecoder(LanguageModel):
         self.encoder, self.decoder = nn.ModuleList(self.bare_encoder), nn.ModuleList(self.bare_decoder)
         self.encoder_norm = None if residual == "post_norm" else NORMS.of(norm)(norm, self.shape.d_model)
         self.ends_dropout = Dropout(dropout, ENDS_SITE)
+        self.head_scale = self.shape.d_model**-0.5
 
     @staticmethod
     def cost(config: EncoderDecoderConfig, vocab_size: int, seq_len: int) -> Cost:
@@ -106,6 +107,10 @@ class EncoderDecoder(LanguageModel):
         """Of a row: it has a sentinel for each span, and no position beyond the table's."""
         positions, spans = super().max_length(), self.config.spans.longest_row()
         return spans if positions is None else min(positions, spans)
+
+    def grow_from(self, base: Any) -> None:
+        super().grow_from(base)
+        self.head_scale = base.head_scale
 
     def reset_parameters(self, init: Init) -> None:
         """As every language model; the encoder's final norm its own."""
@@ -182,7 +187,7 @@ class EncoderDecoder(LanguageModel):
         for block in self.decoder:
             x_BUD, carry = block(x_BUD, found.decoder, carry)
         x_BUD = self.ends_dropout(self._normed(x_BUD), found.decoder)
-        return x_BUD * self.shape.d_model**-0.5 if self.config.scale_head else x_BUD, carry
+        return x_BUD * self.head_scale if self.config.scale_head else x_BUD, carry
 
     @staticmethod
     def _memory(memory_BSD: Tensor, seq: SequenceInfo) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from titanarch.contract.cost import Cost, linear_cost
 from titanarch.contract.init import Init
 from titanarch.contract.layers import HeadParams, Linear, local
 from titanarch.contract.mixer import MixerConfig, MixResult, State, Streams, Transition, mixer
-from titanarch.contract.roles import VECTOR, Role
+from titanarch.contract.roles import VECTOR, Kind, Role
 from titanarch.contract.sequence import MixSequence, SequenceInfo
 from titanarch.contract.shape import ModelShape
 from titanarch.contract.side_channels import Carry
@@ -79,9 +79,9 @@ class RWKV7Config(MixerConfig):
 
 
 class Factor(Linear):
-    """One of two matrices of a low-rank map; no weight decay, as published."""
+    """One of two matrices of a low-rank map; no weight decay, as published, and too narrow for Muon."""
 
-    roles: ClassVar[dict[str, Role]] = {"weight": VECTOR, "bias": VECTOR}
+    roles: ClassVar[dict[str, Role]] = {"weight": Role(Kind.HIDDEN, decay=False), "bias": VECTOR}
 
 
 class TimeMixParams(HeadParams):
