@@ -92,7 +92,7 @@ class Trainer:
         self.schedule = build_schedule(config.lr_scheduler, self.budget)
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
-        self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard, checkpointer=self.checkpointer)
+        self.progress = Progress(budget=self.budget, train_step=self.train_step, checkpointer=self.checkpointer)
         self.recovery = Recovery(
             config.bad_gradients,
             self.train_step,
