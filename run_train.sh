@@ -22,7 +22,8 @@ environment variables:
   TITANARCH_PYTHON interpreter to use instead of .venv
   OMP_NUM_THREADS  threads a process (default for several processes: cores / NGPU)
 
-exit status: 0 trained; 2 wrong configuration or command, before anything is launched; 128 and its number after a signal;
+exit status: 0 trained; 2 wrong configuration or command, before anything is launched; 128 and its number after a signal
+(SIGTERM and SIGUSR1: the run has saved, and the same command goes on);
 1 where the run broke: the last lines name the process, its error and its last step.
 TEXT
 }

@@ -56,13 +56,13 @@ step=$!
 status=0
 wait "$step" || status=$?
 if ((limit_is_near)) && kill -0 "$step" 2>/dev/null; then # wait was interrupted by the signal, the step still runs
-  say "the time limit is near: stopping the processes"
-  kill -TERM "$step"
+  say "the time limit is near: the processes save and end"
+  kill -USR1 "$step" # srun hands it on to the tasks; at SIGTERM it kills them
   status=0
   wait "$step" || status=$?
-  if ((status == 0)); then
-    exit 0 # it finished just then
-  fi
+fi
+# 138 and 143: the processes saved and ended at SIGUSR1 or SIGTERM, before the time limit or a preemption
+if (((limit_is_near && status != 0) || status == 138 || status == 143)); then
   if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
     say "queued again ${SLURM_RESTART_COUNT} times already, which MAX_REQUEUES allows no more"
     exit 1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.nodes import QUICK, REPOSITORY, environment
+from tests.nodes import QUICK, REPOSITORY, environment, losses_in
 from titanarch.config.load import load_config
 from titanarch.train.run_config import RunConfig
 
@@ -20,18 +20,19 @@ SCRIPTS = REPOSITORY / "scripts"
 
 SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
-"show hostnames") printf 'node003\\nnode004\\n' ;;
+"show hostnames") printf '%s\\n' ${NODES:-node003 node004} ;;
 *) echo "$*" >>"$RECORD" ;;
 esac
 """
 
 SRUN = """#!/usr/bin/env bash
-# One task a node, side by side; SIGTERM goes to all. The status is the worst one's.
+# One task a node, side by side. SIGUSR1 is handed on to all; at SIGTERM the real one kills them. The status is the worst one's.
 all="$*"
 echo "srun ${all%%bash*}" >>"$RECORD"
 while [[ "$1" == --* ]]; do shift; done
 pids=()
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'kill -USR1 "${pids[@]}"' USR1
+trap 'kill -KILL "${pids[@]}"' TERM
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
   SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
   pids+=($!)
@@ -50,7 +51,7 @@ LAUNCHER = """#!/usr/bin/env bash
 python="$(basename "$TITANARCH_PYTHON")"
 echo "node $NODE_RANK of $NNODES at $RDZV_ENDPOINT, $NGPU processes, $MAX_RESTARTS restarts, $python: $*" >>"$RECORD"
 sleep "${SECONDS_OF_TRAINING:-0}" &
-trap 'kill $!; exit 143' TERM
+trap 'kill $!; exit 138' USR1
 wait $!
 exit "${STATUS:-0}"
 """
@@ -143,6 +144,14 @@ def test_slurm_queues_again_before_the_time_limit(cluster: Cluster, restarts: st
     assert "the time limit is near" in err
 
 
+@pytest.mark.parametrize(("status", "queued"), [("138", True), ("143", True), ("137", False)])
+def test_slurm_queues_again_what_was_told_to_end(cluster: Cluster, status: str, queued: bool) -> None:
+    """A preemption signals the tasks, and not this script."""
+    _, err = (job := cluster.start("--config", "a b.toml", STATUS=status)).communicate(timeout=400)
+    assert job.returncode == (0 if queued else int(status)), err
+    assert ("requeue 4211" in cluster.record()) == queued
+
+
 def test_slurm_needs_the_repository(cluster: Cluster) -> None:
     _, err = (job := cluster.start("--config", "a.toml", submit_folder=cluster.root)).communicate(timeout=400)
     assert job.returncode == 2
@@ -152,13 +161,15 @@ def test_slurm_needs_the_repository(cluster: Cluster) -> None:
 
 
 def test_slurm_resumes_a_real_run(cluster: Cluster, tmp_path: Path) -> None:
-    """The whole way: trained, warned, queued again, started by the same command, finished."""
+    """The whole way: trained, warned, saved, queued again, started by the same command, finished. No step is made twice."""
     run = tmp_path / "run"
-    arguments = ("--config", "train_configs/debug.toml", f"--job.dump_folder={run}", "--checkpoint.interval=2", *QUICK)
-    variables = environment(SLURM_JOB_NUM_NODES="1", NGPU="1", TITANARCH_HOME=str(REPOSITORY), TMPDIR=str(tmp_path), MAX_RESTARTS="0")
+    arguments = ("--config", "train_configs/debug.toml", f"--job.dump_folder={run}", "--checkpoint.interval=1000000", *QUICK)
+    variables = environment(
+        SLURM_JOB_NUM_NODES="1", NGPU="1", TITANARCH_HOME=str(REPOSITORY), TMPDIR=str(tmp_path), MAX_RESTARTS="1", NODES="localhost"
+    )
     job = cluster.start(*arguments, "--training.steps=100000", **{**variables, "PATH": f"{cluster.root / 'bin'}:{os.environ['PATH']}"})
-    deadline = time.monotonic() + 200
-    while not list(run.glob("checkpoints/*/COMMITTED.json")):
+    deadline = time.monotonic() + 100
+    while max(losses_in(run), default=0) < 3:
         assert time.monotonic() < deadline, job.communicate(timeout=1)
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
@@ -166,7 +177,9 @@ def test_slurm_resumes_a_real_run(cluster: Cluster, tmp_path: Path) -> None:
     out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
     assert "requeue 4211" in cluster.record()
-    last = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*") if (path / "COMMITTED.json").exists())
+    assert "titanarch: ended by SIGUSR1" in err
+    last = max(losses_in(run))
+    assert [path.parent.name for path in run.glob("checkpoints/*/COMMITTED.json")] == [f"step-{last:08d}"]
     again = cluster.start(
         *arguments,
         f"--training.steps={last + 2}",

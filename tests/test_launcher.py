@@ -386,7 +386,7 @@ def real(clone: Clone) -> Clone:
     (clone.root / "titanarch").mkdir()
     (clone.root / "titanarch/__init__.py").touch()
     (clone.root / "titanarch/__main__.py").write_text(FAKE_TITANARCH)
-    for name in ("train/__init__.py", "train/torchrun.py", "train/watch.py"):  # the launcher's own part
+    for name in ("train/__init__.py", "train/torchrun.py", "train/stopping.py", "train/watch.py"):  # the launcher's own part
         (clone.root / "titanarch" / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / "titanarch" / name, clone.root / "titanarch" / name)
     clone.variables = {"TITANARCH_PYTHON": sys.executable, "PYTHONPATH": str(clone.root), "NGPU": "2"}

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -93,6 +94,27 @@ def test_a_failed_upload_is_raised_before_the_next_step(tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError, match="the disk is full"):
         saver.maybe_wait()
     saver.maybe_wait()  # said once
+    saver.close()
+
+
+def test_a_killed_upload_process_is_said_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next save says so; one that is waited for needs no such process."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr("torch.distributed.checkpoint._async_process_executor._CHECKPOINT_PROCESS", None)  # torch has one a program
+    saver, before = checkpointer(tmp_path, async_mode="process"), multiprocessing.active_children()
+    saver.save(1, filled(1), config_text="")
+    saver.wait()
+    (uploader,) = [child for child in multiprocessing.active_children() if child not in before]
+    uploader.kill()
+    uploader.join()
+    saver.save(2, filled(2), config_text="")
+    assert "step-00000002: the checkpoint was not written (process 0: " in saver.wait_for_all()
+    assert saver.wait_for_all() == ""
+    assert names(tmp_path) == ["step-00000001"]
+    saver.save(3, filled(3), config_text="", force_sync=True)
+    state = filled(0)
+    assert saver.load(state) is not None
+    assert_filled(state, 3)
     saver.close()
 
 

@@ -99,6 +99,14 @@ def test_the_reports_name_the_cause(skipping: Path) -> None:
     assert math.isfinite(told["norms_by_layer"]["layers.0"])
     logged = {row["step"]: row["grad_norm"] for row in rows(skipping) if "grad_norm" in row}
     assert {each["step"]: each["grad_norm"] for each in told["last_norms"][:-1]} == {s: logged[s] for s in range(1, NAN)}
+    layers = {each["step"]: each["norms"] for each in told["last_norms_by_layer"]}
+    assert sorted(layers) == list(range(1, NAN + 1))
+    assert {step: math.sqrt(sum(norm**2 for norm in layers[step].values())) for step in range(1, NAN)} == pytest.approx(
+        {step: logged[step] for step in range(1, NAN)}, rel=1e-5
+    )
+    assert {layer: float(norm) for layer, norm in layers[NAN].items()} == pytest.approx(
+        {layer: float(norm) for layer, norm in told["norms_by_layer"].items()}, rel=1e-5, nan_ok=True
+    )
     assert sorted(map(int, told["text"])) == list(rows_of(NAN))
     infinite = report(skipping, INF)
     assert infinite["first_module_not_finite_forward"]["module"] == "(the model)"
@@ -117,6 +125,8 @@ def test_a_run_that_stopped_goes_on_where_it_may_skip(folder: Path, skipping: Pa
     assert report(path, NAN)["gradients_not_finite"] == [f"{POISONED}.weight"]
     run(folder, "stopped", *SKIP, *SPIKES, faults=FAULTS)
     assert losses(path) == expected
+    steps = [each["step"] for each in report(path, SPIKE)["last_norms_by_layer"]]
+    assert steps == list(range(1, SPIKE + 1)), "those before the restart too"
 
 
 def test_a_roll_back_leaves_the_run_without_the_rows_since_the_checkpoint(folder: Path) -> None:

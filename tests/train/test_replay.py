@@ -57,6 +57,19 @@ def test_a_replayed_step_is_the_logged_one(plain: Path, capsys: pytest.CaptureFi
     assert float(low["loss"][0]) == pytest.approx(float(low["loss"][1]), rel=1e-2)
 
 
+def test_a_step_is_replayed_on_another_layout(plain: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two processes that share each layer make the step that one process made."""
+    layout = ["--processes", "2", "--parallelism.tensor_parallel_degree", "2"]
+    assert main(["replay", str(plain), "--step", "7", *layout]) == 0
+    said = capfd.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    found = {line[0]: line[1:] for line in lines if line and line[0] in ("loss", "grad_norm")}
+    (loss, logged), (norm, logged_norm) = found["loss"], found["grad_norm"]
+    assert float(loss) == pytest.approx(float(logged), rel=1e-6)
+    assert float(norm) == pytest.approx(float(logged_norm), rel=1e-4)
+    assert "from the checkpoint of step 5: rows 48 to 55" in said
+
+
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run(folder, "damaged", "--checkpoint.interval", "3", steps=8)
     file = path / "checkpoints" / "step-00000006" / "__0_0.distcp"

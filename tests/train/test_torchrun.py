@@ -1,6 +1,8 @@
 """The launcher's last words: who is named of several that failed, and what is said."""
 
+import argparse
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher.api import LaunchConfig
 
-from titanarch.train.torchrun import LATER_SECONDS, Failed, by_blame, folders, last_words, main
+from titanarch.train.torchrun import LATER_SECONDS, SECONDS_TO_SAVE, Failed, by_blame, folders, last_words, main
 
 
 def failed(tmp_path: Path, rank: int, code: int, *, error: str = "", at: int = 1000, step: int | None = None) -> Failed:
@@ -53,6 +56,7 @@ def test_who_is_to_blame(tmp_path: Path, cases: list[dict[str, Any]], worst: int
     [
         ({"code": KILLED, "step": 12}, "was killed by SIGKILL (by the system, for want of memory, if nobody did it), after step 12"),
         ({"code": -signal.SIGSEGV}, "was killed by SIGSEGV, before its first step was done"),
+        ({"code": 143, "step": 8}, "was told to end by SIGTERM, and saved, after step 8"),
         ({"code": 3, "step": 0}, "ended with status 3, after step 0"),
         ({"code": 1, "error": "ValueError: x\ny", "step": 4}, "failed: ValueError: x, after step 4"),
     ],
@@ -93,6 +97,7 @@ def test_the_logs_are_those_of_the_last_attempt(tmp_path: Path) -> None:
     [
         (None, 0, ""),
         (SignalException("told to end", signal.SIGTERM), 143, "titanarch: ended by SIGTERM\n"),
+        (SignalException("told to end", signal.SIGUSR1), 138, "titanarch: ended by SIGUSR1\n"),
         (RendezvousConnectionError("the store is gone"), 1, "titanarch: the nodes did not meet, or lost each other: the store is gone\n"),
     ],
 )
@@ -120,3 +125,21 @@ def test_the_launcher_reports_the_process_that_broke_the_run(
     told = capsys.readouterr().err
     assert "process 9 of 16 (pid 101) was killed by SIGKILL" in told
     assert "after step 5\n" in told
+
+
+def test_processes_that_were_told_to_end_give_the_launcher_their_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher hands both signals on, and waits for the save."""
+    given: list[argparse.Namespace] = []
+
+    def run(options: argparse.Namespace) -> None:
+        given.append(options)
+        raise ChildFailedError("titanarch", {0: failed(tmp_path, 0, ENDED).failure, 1: failed(tmp_path, 1, 138, step=5).failure})
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert main(["--nproc-per-node=2", f"--log-dir={tmp_path}", "-m", "titanarch", "train"]) == 138
+    assert re.search(r"the run ended after 0 s: process 1 of 2 .* was told to end by SIGUSR1, and saved", capsys.readouterr().err)
+    assert {"SIGTERM", "SIGUSR1", "SIGINT"} <= set(given[0].signals_to_handle.split(","))
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == SECONDS_TO_SAVE

@@ -117,6 +117,31 @@ def test_a_stopped_process_is_woken() -> None:
         process.wait()
 
 
+class Over(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_process_told_to_end_does_not_wait_for_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends the others when one has died. While all live, or left as they should, the main thread is to save."""
+
+    def end(self: Watch, why: str) -> None:
+        raise Over(why)
+
+    monkeypatch.setattr(Watch, "_end", end)
+    here = replace(OTHER, host=os.uname().nodename, parent=os.getppid(), pid=os.getpid())
+    dead = replace(here, pid=_ended_process())
+    store, watch = HashStore(), Watch(0, 3)
+    write(store, 1, dead)
+    assert beaten(watch, store, 1) is None, "nobody told it"
+    watch.told_to_end()
+    for harmless in (here, replace(dead, state="left"), replace(dead, parent=1)):
+        write(store, 1, harmless)
+        assert beaten(watch, store, 1) is None
+    write(store, 2, dead)
+    with pytest.raises(Over, match=r"process 2 of 3 .* is dead, after step 7"):
+        beaten(watch, store, 1)
+
+
 def test_one_process_explains_nothing() -> None:
     with pytest.raises(RuntimeError, match="gloo: connection closed"), Watch().explained():
         raise RuntimeError("gloo: connection closed")

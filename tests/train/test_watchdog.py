@@ -160,4 +160,7 @@ def test_two_processes_go_back_hang_and_are_started_again(tmp_path: Path, monkey
     report = json.loads((tmp_path / "two/reports/step-3.json").read_text())
     assert sorted(map(int, report["text"])) == list(range(2 * G, 3 * G)), "the rows of both processes"
     assert report["gradients_not_finite"] == ["layers.1.channel.down.weight"]
+    total = {each["step"]: each["grad_norm"] for each in report["last_norms"]}
+    by_layer = {each["step"]: each["norms"].values() for each in report["last_norms_by_layer"]}
+    assert [sum(norm**2 for norm in by_layer[step]) ** 0.5 for step in (1, 2)] == pytest.approx([total[1], total[2]], rel=1e-5)
     assert json.loads((tmp_path / "two" / HEARTBEAT_FILE).read_text())["step"] <= 9

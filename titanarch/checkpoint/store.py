@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from titanarch.checkpoint.choosing import choose, find
 from titanarch.checkpoint.config import CheckpointConfig, Verification
+from titanarch.checkpoint.errors import CheckpointError
 from titanarch.checkpoint.loading import State, read, read_initial
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.retention import Retention
@@ -138,7 +139,8 @@ class Checkpointer:
             return
         start = time.monotonic()
         self.wait()
-        mode = "disabled" if force_sync and self.config.async_mode == "async" else self.config.async_mode
+        # What is waited for needs no other process, which a signal to all may have ended.
+        mode = "disabled" if force_sync else self.config.async_mode
         tensors = collect(state, self.processes)
         if mode != "disabled":
             tensors = self._staging.copy(tensors)
@@ -173,6 +175,15 @@ class Checkpointer:
             done = pending.upload.result()
             self._last_sequence = done.sequence
             self._saved.append(Saved(pending.step, done.path, done.n_bytes, pending.stall_seconds, done.seconds))
+
+    def wait_for_all(self) -> str:
+        """Until the last save is committed, or has failed on a process: what failed, "" where nothing did. The same on all processes."""
+        try:
+            self.wait()
+            failure = ""
+        except CheckpointError as error:
+            failure = str(error)
+        return next((found for found in self.processes.gather(failure) if found), "")
 
     def take_saved(self) -> list[Saved]:
         """The saves that were found committed since the last call, in order. Not collective."""

@@ -14,6 +14,7 @@ from titanarch.train.launch import train
 from titanarch.train.memory_report import OutOfMemory
 from titanarch.train.metrics.results import print_result
 from titanarch.train.run_config import RunConfig
+from titanarch.train.stopping import ToldToEnd
 from titanarch.train.watch import LostProcessError
 
 OUT_OF_MEMORY_STATUS = 3
@@ -30,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
     except (CheckpointError, LostProcessError, BadGradientError) as error:
         print(error, file=sys.stderr)
         return 1
+    except ToldToEnd as told:
+        if str(told):
+            print(told, file=sys.stderr)
+        return told.status
     except OutOfMemory as error:
         print(error, file=sys.stderr)
         return OUT_OF_MEMORY_STATUS

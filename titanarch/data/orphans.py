@@ -1,9 +1,14 @@
-"""Child processes that end when their parent does, however it ends."""
+"""Child processes that end when their parent does, however it ends, and not before."""
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
+from types import FrameType
+
+SECONDS_AFTER_SIGNAL = 120
+"""How long a data worker outlives a signal to end."""
 
 
 def exit_with_parent(worker: int = 0) -> None:
@@ -20,3 +25,17 @@ def exit_with_parent(worker: int = 0) -> None:
 def _exit_after(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
+
+
+def outlive_signals() -> None:
+    """Called in a data worker: SIGTERM and SIGUSR1 end it two minutes later.
+
+    Schedulers send these to all processes of a job at once, and the trainer wants more rows until its processes have agreed where to
+    stop; a worker that died first would break the run before it could save.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end_later)
+
+
+def _end_later(_number: int, _frame: FrameType | None) -> None:
+    signal.alarm(SECONDS_AFTER_SIGNAL)

@@ -14,7 +14,7 @@ from titanarch.config.errors import ConfigError
 from titanarch.data.batch import Windows
 from titanarch.data.layout import RowLayout
 from titanarch.data.mixed_streams import MixedStreamReader, MixedStreamRow
-from titanarch.data.orphans import exit_with_parent
+from titanarch.data.orphans import exit_with_parent, outlive_signals
 from titanarch.data.rows import RunRows
 from titanarch.data.streams import StreamReader, StreamRow
 
@@ -24,6 +24,12 @@ NEVER = 1 << 40  # steps between the pool's own snapshots, which nothing reads
 def _as_it_is(item: Any) -> Any:
     """The pool's collate function: its own would turn arrays into tensors."""
     return item
+
+
+def _begin(worker: int) -> None:
+    """What a worker does first."""
+    exit_with_parent(worker)
+    outlive_signals()
 
 
 def _start_method() -> BaseContext:
@@ -70,7 +76,7 @@ class _Pool:
                     num_workers=n_workers,
                     prefetch_factor=prefetch_factor,
                     collate_fn=_as_it_is,
-                    worker_init_fn=exit_with_parent,
+                    worker_init_fn=_begin,
                     snapshot_every_n_steps=NEVER,
                     multiprocessing_context=_start_method(),
                 )

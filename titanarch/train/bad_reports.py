@@ -63,6 +63,11 @@ class BadStepReports:
         where ``bad`` is late, or all processes are not here, the report leaves out what that would tell.
         """
         report = self._known(bad, rows)
+        if bad.is_shared:
+            report["last_norms_by_layer"] = [
+                {"step": step, "norms": {layer: _number(norm) for layer, norm in norms.items()}}
+                for step, norms in self._train_step.layer_norms.last(bad.step)
+            ]
         if bad.is_shared and not bad.is_late:
             report |= inspected(inspect(self._train_step, batches, self._processes))
             texts = self._processes.gather(decoded_rows(batches, self._tokenizer))

@@ -10,6 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from titanarch.train.local_optimizers import shard_of
 
+Measured = dict[tuple[str, ...], tuple[Tensor, list[int] | None]]
+"""By the process groups that divide them: the norm of each gradient's part here, fp32, and which parameters had one; None: all."""
+
 
 class GradientClipper:
     """The global 2-norm of the gradients, and clipping by it, in fp32 on local shards.
@@ -22,9 +25,12 @@ class GradientClipper:
         """``parameters``: all that are trained, once FSDP has divided them. ``max_norm``: inf measures and never clips."""
         self.max_norm = max_norm
         self._process_groups: dict[str, dist.ProcessGroup] = {}
-        self._by_axes: dict[tuple[str, ...], list[Tensor]] = {}
+        self.groups: dict[tuple[str, ...], list[Tensor]] = {}
+        """The parameters by the process groups that divide them."""
+        self.measured: Measured = {}
+        """Of the last clipping."""
         for parameter in parameters:
-            self._by_axes.setdefault(self._axes(parameter), []).append(parameter)
+            self.groups.setdefault(self._axes(parameter), []).append(parameter)
 
     @torch.no_grad()
     def clip(self, divide_by: float = 1.0) -> Tensor:
@@ -36,11 +42,15 @@ class GradientClipper:
         """
         grads: list[Tensor] = []
         squares: dict[tuple[str, ...], Tensor] = {}
-        for axes, parameters in self._by_axes.items():
+        self.measured = {}
+        for axes, parameters in self.groups.items():
             shards = [shard_of(p.grad) for p in parameters if p.grad is not None]
-            squares[axes] = _square_norm(shards, shard_of(parameters[0]).device)
+            norms = _norms(shards, shard_of(parameters[0]).device)
+            is_whole = len(shards) == len(parameters)
+            self.measured[axes] = norms, None if is_whole else [place for place, p in enumerate(parameters) if p.grad is not None]
+            squares[axes] = torch.linalg.vector_norm(norms).square_()
             grads += shards
-        norm = self._sum_over_processes(squares).sqrt_()
+        norm = self.sum_over_processes(squares).sqrt_()
         if divide_by != 1.0:
             norm.div_(divide_by)
         if not grads:
@@ -67,8 +77,11 @@ class GradientClipper:
                 axes.append(process_group.group_name)
         return tuple(axes)
 
-    def _sum_over_processes(self, squares: dict[tuple[str, ...], Tensor]) -> Tensor:
-        """The sum of all squares; innermost axes first, joining what is left to be summed over the same axes."""
+    def sum_over_processes(self, squares: dict[tuple[str, ...], Tensor]) -> Tensor:
+        """The sum of all ``squares``, of any one shape, by the process groups that they are to be summed over.
+
+        Innermost axes first, joining what is left to be summed over the same axes.
+        """
         while len(squares) > 1 or () not in squares:
             if not squares:
                 return torch.zeros(())
@@ -80,11 +93,11 @@ class GradientClipper:
         return squares[()]
 
 
-def _square_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of squares of all elements, an fp32 scalar."""
+def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The 2-norm of each, fp32."""
     if not tensors:
-        return torch.zeros((), device=device)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32))).square_()
+        return torch.zeros(0, device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
 
 
 class LossScaler:

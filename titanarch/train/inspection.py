@@ -18,9 +18,9 @@ from titanarch.checkpoint.processes import Processes
 from titanarch.data.batch import Batch
 from titanarch.train.gradients import GradientClipper
 from titanarch.train.local_optimizers import shard_of
+from titanarch.train.names import WRAPPERS, layer_of, plain_name
 from titanarch.train.step import TrainStep
 
-WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})
 ROOT = "(the model)"
 
 Seen = Callable[[int, str, Sequence[Tensor]], None]
@@ -58,18 +58,6 @@ class Inspection:
         if self.backward is not None:
             return self.backward.module
         return (self.parameters[0].rpartition(".")[0] or ROOT) if self.parameters else None
-
-
-def plain_name(name: str) -> str:
-    """``name`` without what wraps modules."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def layer_of(parameter: str) -> str:
-    """The layer of a parameter: up to the first number in its name (``layers.3``), else its module."""
-    parts = plain_name(parameter).split(".")
-    numbered = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parts[0]
 
 
 def norms_by_layer(model: nn.Module, divide_by: float = 1.0) -> dict[str, float]:

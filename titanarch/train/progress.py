@@ -6,8 +6,7 @@ from typing import Any, Protocol
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.data.loader import RowLoader
 from titanarch.train.budget import Budget
-from titanarch.train.gradients import LossScaler
-from titanarch.train.guard import GradientGuard
+from titanarch.train.step import TrainStep
 
 
 class _Stateful(Protocol):
@@ -19,21 +18,26 @@ class _Stateful(Protocol):
 class Progress:
     """Steps and tokens done, and the small states that go with them."""
 
-    def __init__(self, *, budget: Budget, scaler: LossScaler, guard: GradientGuard, checkpointer: Checkpointer) -> None:
-        self._checkpointer = checkpointer
+    def __init__(self, *, budget: Budget, train_step: TrainStep, checkpointer: Checkpointer) -> None:
+        self._checkpointer, self._layer_norms = checkpointer, train_step.layer_norms
         self.step = 0
         self.tokens = 0
-        self._parts: dict[str, _Stateful] = {"budget": budget, "scaler": scaler, "guard": guard}
+        self._parts: dict[str, _Stateful] = {"budget": budget, "scaler": train_step.scaler, "guard": train_step.guard}
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: the time spent is that of process 0's clock."""
-        parts = self._checkpointer.processes.from_first(lambda: {name: part.state_dict() for name, part in self._parts.items()})
-        return {"step": self.step, "tokens": self.tokens, **parts}
+        norms = self._layer_norms.state_dict()
+        found = self._checkpointer.processes.from_first(
+            lambda: {**{name: part.state_dict() for name, part in self._parts.items()}, "layer_norms": norms}
+        )
+        return {"step": self.step, "tokens": self.tokens, **found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        if "layer_norms" in state:  # not in what earlier versions saved
+            self._layer_norms.load_state_dict(state["layer_norms"])
 
 
 class DataState:

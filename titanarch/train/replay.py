@@ -13,9 +13,10 @@ from titanarch.data.batch import Batch
 from titanarch.parallel.config import ParallelismConfig
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.check import check_run
-from titanarch.train.inspection import Inspection, Seen, inspect, plain_name
+from titanarch.train.inspection import Inspection, Seen, inspect
 from titanarch.train.local_optimizers import shard_of
 from titanarch.train.metrics.rows import read_rows
+from titanarch.train.names import plain_name
 from titanarch.train.processes import Processes
 from titanarch.train.run_config import DType, RunConfig
 from titanarch.train.run_folder import RunFolder

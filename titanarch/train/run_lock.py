@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 from titanarch.config.errors import ConfigError
 from titanarch.train.metrics.files import writing
+from titanarch.train.watch import lives
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held_locks: "WeakSet[RunLock]" = WeakSet()
@@ -91,7 +92,7 @@ class RunLock:
 
     def _without_locks(self, owner: Owner | None) -> None:
         """Go by the file alone. Raises ConfigError where its owner lives, or may."""
-        if owner is not None and not (owner.is_here and not _is_alive(owner.process)):
+        if owner is not None and not (owner.is_here and not lives(owner.process)):
             self._close()
             raise ConfigError(
                 f"{self._path.parent} is in use by {owner}, as far as can be told: this file system has no locks, so the death of a "
@@ -127,16 +128,6 @@ def _taken_over(path: Path, owner: Owner) -> str:
         f"taken over from {owner}, which did not give it back{last}. Where that run is alive, because this file system keeps locks to "
         "each host, stop one of the two"
     )
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _close_in_child() -> None:

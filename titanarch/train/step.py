@@ -17,6 +17,7 @@ from titanarch.evaluate.sequence import sequence_of
 from titanarch.parallel.mesh import Mesh
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import GradientGuard
+from titanarch.train.layer_norms import LayerNorms
 from titanarch.train.update import Optimizers
 
 
@@ -53,6 +54,7 @@ class TrainStep:
         self.model = model
         self.optimizers = optimizers
         self.clipper = clipper
+        self.layer_norms = LayerNorms(model, clipper)
         self.scaler = scaler
         self.guard = guard
         self.mesh = mesh
@@ -67,6 +69,7 @@ class TrainStep:
         """
         loss, parts = self.backward(batches)
         norm = self.clipper.clip(divide_by=self.scaler.scale)
+        self.layer_norms.add(step, self.scaler.scale)
         is_made = self.guard.admits(step, loss, norm)
         if is_made:
             self.optimizers.step()

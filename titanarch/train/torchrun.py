@@ -4,6 +4,7 @@ torchrun shows a table of all its processes, in which those that it ended itself
 of another, stand beside the one that broke the run; none says how far the run had come.
 """
 
+import os
 import signal
 import sys
 import time
@@ -16,9 +17,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from titanarch.train.stopping import SIGNALS, status_of
 from titanarch.train.watch import STEP_FILE, LostProcessError, after_step, noted_step
 
 SHOWN_LINES = 25
+TOLD = {status_of(number): number for number in SIGNALS}
+"""Statuses of processes that saved and ended because they were told to."""
+SECONDS_TO_SAVE = 300
+"""How long processes have for that once the launcher was told to end, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says another time."""
 LATER_SECONDS = 20
 """A kill so long after the first failure is the launcher's own, of a process that did not end when told to."""
 
@@ -52,6 +58,8 @@ class Failed:
             return self.error.removeprefix(f"{LostProcessError.__name__}: ")
         code = self.failure.exitcode
         what = f"was killed by {self.failure.signal_name()}" if code < 0 else f"ended with status {code}"
+        if code in TOLD:
+            what = f"was told to end by {TOLD[code].name}, and saved"
         if code == -signal.SIGKILL:
             what += " (by the system, for want of memory, if nobody did it)"
         if self.error is not None:
@@ -77,7 +85,8 @@ def by_blame(failed: Iterable[Failed]) -> list[Failed]:
 def last_words(failed: Sequence[Failed], *, world_size: int, shown: Iterable[int], seconds: float) -> str:
     """The report on a run that broke. ``shown``: the local ranks whose output the reader has seen already."""
     worst, n_others = by_blame(failed)[0], len(failed) - 1
-    lines = [f"the run broke after {seconds:.0f} s: {worst.told(world_size)}"]
+    verb = "ended" if worst.failure.exitcode in TOLD else "broke"
+    lines = [f"the run {verb} after {seconds:.0f} s: {worst.told(world_size)}"]
     log = None if worst.folder is None else worst.folder / "stderr.log"
     said = log.read_text(errors="replace").splitlines() if log is not None and log.is_file() else []
     if said and worst.failure.local_rank not in shown:
@@ -99,6 +108,8 @@ def folders(log_folder: Path) -> dict[int, Path]:
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun; the exit status: 1 where the run broke, 128 and its number after a signal."""
     options = torchrun.parse_args(list(arguments))
+    options.signals_to_handle = ",".join(number.name for number in (*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     started = time.monotonic()
     try:
         torchrun.run(options)
@@ -108,7 +119,8 @@ def main(arguments: Sequence[str]) -> int:
         shown = [int(rank) for rank in options.local_ranks_filter.split(",") if rank]
         world_size = int(options.nnodes.split(":")[-1]) * int(options.nproc_per_node)
         print(last_words(failed, world_size=world_size, shown=shown, seconds=time.monotonic() - started), file=sys.stderr)
-        return 1
+        code = by_blame(failed)[0].failure.exitcode
+        return code if code in TOLD else 1
     except RendezvousError as error:
         print(f"titanarch: the nodes did not meet, or lost each other: {error}", file=sys.stderr)
         print("titanarch: node 0, whose launcher holds the meeting place, may have ended; its output says why", file=sys.stderr)

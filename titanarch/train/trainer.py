@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from titanarch.checkpoint.store import Checkpointer
 from titanarch.checkpoint.train_state import ModelState, OptimizerState, RandomState
@@ -40,6 +40,7 @@ from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
 from titanarch.train.setup import build_model, checkpoint_location
 from titanarch.train.step import StepOutcome, TrainStep
+from titanarch.train.stopping import Stopping, ToldToEnd
 from titanarch.train.watchdog import StepWatchdog
 
 
@@ -91,7 +92,7 @@ class Trainer:
         self.schedule = build_schedule(config.lr_scheduler, self.budget)
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
-        self.progress = Progress(budget=self.budget, scaler=self.scaler, guard=self.guard, checkpointer=self.checkpointer)
+        self.progress = Progress(budget=self.budget, train_step=self.train_step, checkpointer=self.checkpointer)
         self.recovery = Recovery(
             config.bad_gradients,
             self.train_step,
@@ -111,6 +112,7 @@ class Trainer:
             sum_over_processes=processes.sum,
         )
         self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
+        self.stopping = Stopping(processes.watch)
         self.held_out = HeldOut(
             config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
         )
@@ -121,7 +123,7 @@ class Trainer:
         return local_batch_size(self.config, self.mesh.degrees.data_parallel)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end of the budget; the result, also written to the folder by process 0."""
+        """Train to the end of the budget; the result, also written to the folder by process 0. ToldToEnd where a signal came before."""
         started = time.monotonic()
         with ExitStack() as stack:
             stack.callback(self.log.close)
@@ -150,15 +152,18 @@ class Trainer:
             )
             stack.enter_context(self.watchdog)
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
-            try:
-                self._loop(profiler.step, garbage.after_step)
-            except BadGradientError as error:
-                with self.watchdog.paused():
-                    self.recovery.report(error.bad)
-                raise
-            losses = self._validate()
-            if self.config.checkpoint.last_save and self.progress.step > first_step:
-                self._save(losses, last=True)
+            with self.stopping:
+                try:
+                    self._loop(profiler.step, garbage.after_step)
+                except BadGradientError as error:
+                    with self.watchdog.paused():
+                        self.recovery.report(error.bad)
+                    raise
+                losses = self._validate() if self.budget.done or not self.stopping.signal else {}
+                if self.stopping.ask():
+                    self._end_early(losses)
+                if self.config.checkpoint.last_save and self.progress.step > first_step:
+                    self._save(losses, last=True)
             result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
@@ -170,14 +175,15 @@ class Trainer:
     def _loop(self, profile: Callable[[], None], collect_garbage: Callable[[int], None]) -> None:
         batches = self.meter.timed(self.loader)
         first_step = self.progress.step + 1
-        while not self.budget.done:
+        while not (self.budget.done or self.stopping.signal):
             step = self.progress.step + 1
             if reason := self.loader.ended:
                 self.log.event(f"the run ends before step {step}: {reason}")
                 break
             self._refuse_repeats(saves=step > first_step)
             self.watchdog.begin(step)
-            self.checkpointer.maybe_wait()
+            if not self.stopping.told:  # a signal to all processes ends the one that uploads too, which _end_early makes good
+                self.checkpointer.maybe_wait()
             self._log_saved()
             drawn = self.draw(batches)
             outcome = self.train_step(step, drawn)
@@ -189,6 +195,7 @@ class Trainer:
                     self._roll_back(bad)
                 continue
             self.advance()
+            self.stopping.agreed()
             self.processes.watch.finished(step)
             scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
             self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
@@ -230,8 +237,8 @@ class Trainer:
                 self.recovery.refused(self.guard.bad, tokens=self.progress.tokens)
         elif not outcome.is_made:
             self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
-        saves = self.checkpointer.due(step) and not self.budget.done
-        if self.config.metrics.is_logged(step) or self.budget.done:
+        is_last = self.budget.done or bool(self.stopping.signal)
+        if self.config.metrics.is_logged(step) or is_last:
             self.guard.check()
             row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
             counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
@@ -239,11 +246,24 @@ class Trainer:
             skipped = self.loader.skipped
             lacking = {"skipped_documents": skipped.documents, "skipped_files": skipped.files} if any(skipped) else {}
             self.log.log({**row, **counts, **epochs, **lacking})
-        validation = self.config.validation
-        validates = validation.enable and step % validation.interval == 0 and not self.budget.done
-        losses = self._validate() if validates else {}
-        if saves:
+        losses = self._validate() if self._validates(step) and not is_last else {}
+        if self.checkpointer.due(step) and not is_last:
             self._save(losses, last=False)
+
+    def _validates(self, step: int) -> bool:
+        return self.config.validation.enable and step % self.config.validation.interval == 0
+
+    def _end_early(self, losses: dict[str, float]) -> NoReturn:
+        """Save what is not saved yet, and raise ToldToEnd. ``losses``: as for ``_save``."""
+        failure = self.checkpointer.wait_for_all()
+        if failure:
+            self.log.event(f"the last checkpoint failed, and the state is saved again: {failure}")
+        if failure or self.recovery.good_step != self.progress.step:
+            self._save(losses, last=True)
+        self._log_saved()
+        if self._validates(self.progress.step) and not losses:
+            self._validate()  # late, since whoever told the run to end waits for the checkpoint alone
+        raise ToldToEnd(self.stopping.signal, self.progress.step, saves=self.config.checkpoint.enable, speaks=self.processes.is_main)
 
     def _roll_back(self, bad: BadStep) -> None:
         """Back to the last good checkpoint, and on with the rows after those of ``bad``."""

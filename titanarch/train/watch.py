@@ -86,6 +86,17 @@ def _client(address: str, port: int) -> TCPStore:
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
 
 
+def lives(pid: int) -> bool:
+    """Whether there is a process ``pid`` on this node; one that nobody has waited for yet counts."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _is_of_collective(error: BaseException | None) -> bool:
     """Whether ``error`` is, or comes of, a collective that failed."""
     while error is not None:
@@ -111,6 +122,7 @@ class Watch:
         self.on_end: Callable[[], None] | None = None
         """Called from a thread where the end of the run is known, and this process is not at fault."""
         self._hangs = False
+        self._is_told_to_end = False
         self._number = 0
         self._broken_at: int | None = None
         self._parent = os.getppid()
@@ -146,6 +158,12 @@ class Watch:
         if self._step_file is not None:
             os.close(self._step_file)
             self._step_file = None
+
+    def told_to_end(self) -> None:
+        """This process was told to, by a signal. So does a launcher when one of its processes has died: then there is no step to finish,
+        and the main thread, which may wait for the dead one, is not waited for."""
+        self._is_told_to_end = True
+        self._wake.set()
 
     def break_off(self, why: str) -> None:
         """End the run, since the main thread of this process waits in vain: all processes are told, and those of this node that
@@ -208,8 +226,8 @@ class Watch:
             if leaving:
                 return
             if self._known.is_set():
-                deadline = deadline or time.monotonic() + GRACE_SECONDS
-                if time.monotonic() > deadline and self._cause is not None:
+                deadline = deadline or time.monotonic() + (0 if self._is_told_to_end else GRACE_SECONDS)
+                if time.monotonic() >= deadline and self._cause is not None:
                     self._end(self._cause.text)
             self._wake.wait(BEAT_SECONDS)
             self._wake.clear()
@@ -228,6 +246,8 @@ class Watch:
         elif store.check([f"{prefix}/cause"]):
             self._learn(store.get(f"{prefix}/cause"))
         elif self._state != "left":
+            if self._is_told_to_end:
+                self._end_with_siblings(store, prefix)
             broken = self._state == "broken"
             self._broken_at = self._number if broken and self._broken_at is None else self._broken_at
             others = (rank for rank in range(self.world_size) if rank != self.rank)
@@ -272,6 +292,13 @@ class Watch:
         if self._broken_at is not None and running and self._number - self._broken_at > QUICK_BEATS:
             return self._accused(running, "did not come to a collective that others waited in")
         return None
+
+    def _end_with_siblings(self, store: Store, prefix: str) -> None:
+        """End where a process of this node's launcher is dead that had not left."""
+        for rank in (rank for rank in range(self.world_size) if rank != self.rank and store.check([f"{prefix}/{rank}"])):
+            beat = Beat(**json.loads(store.get(f"{prefix}/{rank}")))
+            if beat.is_local(self._parent) and beat.state != "left" and not lives(beat.pid):
+                self._end(self._accused([(rank, beat)], "is dead").text)
 
     def _accused(self, found: list[tuple[int, Beat]], what: str) -> Cause:
         each = [

@@ -1,0 +1,123 @@
+"""Runs that are told to end by a signal: they stop together, have saved, say so by their status, and lose nothing."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import free_port
+from tests.train.runs import arguments_of, environment, losses, rows, start, train, write_config
+from titanarch.checkpoint.marker import MARKER
+from titanarch.train.stopping import SIGNALS, Stopping
+from titanarch.train.watch import Watch
+
+ENDLESS = ["--training.steps", "1000000", "--checkpoint.interval", "1000000"]
+PLAIN = ["--data.allow_repeat", "true", "--lr_scheduler.kind", "constant", "--evaluation.enable", "false"]
+OFTEN = ["--validation.enable", "false"]
+
+
+def told(
+    config: Path, folder: Path, number: signal.Signals, tell: Callable[[int, int], None], *options: str, n: int = 1
+) -> list[int | None]:
+    """Statuses of ``n`` processes that train for ever; once some steps are logged, ``tell`` sends signal ``number`` to the last one."""
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1"}
+    if n > 1:
+        shared |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
+    forks = []
+    for rank in range(n):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
+        output = (folder.with_suffix(f".out-{rank}"), folder.with_suffix(f".err-{rank}"))
+        forks.append(start(arguments_of(config, *PLAIN, *ENDLESS, *options), shared | place, output))
+    try:
+        deadline = time.monotonic() + 200
+        while max((row["step"] for row in rows(folder)), default=0) < 7:
+            assert time.monotonic() < deadline, "it makes no steps"
+            assert all(fork.is_alive() for fork in forks), output[1].read_text()
+            time.sleep(0.02)
+        assert forks[-1].pid is not None
+        tell(forks[-1].pid, number)
+        for fork in forks:
+            fork.join(120)
+        return [fork.exitcode for fork in forks]
+    finally:
+        for fork in forks:
+            fork.kill()
+            fork.join()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"checkpoints/*/{MARKER}"))
+
+
+@pytest.mark.parametrize(
+    ("number", "tell", "options"),
+    [
+        (signal.SIGUSR1, os.kill, []),
+        (signal.SIGTERM, os.killpg, [*OFTEN, "--checkpoint.interval", "3", "--checkpoint.async_mode", "process", "--data.workers", "2"]),
+    ],
+    ids=["the process", "all that it started too"],
+)
+def test_one_process_saves_and_ends(tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], options: list[str]) -> None:
+    """The second has data workers and a process that uploads, and schedulers send the signal to these as well."""
+    path, whole = (write_config(tmp_path, name, tmp_path / "cache") for name in ("told", "whole"))
+    folder = tmp_path / "told"
+    assert told(path, folder, number, tell, *options) == [128 + number], folder.with_suffix(".err-0").read_text()
+    last = max(losses(folder))
+    assert saved_steps(folder)[-1] == last
+    assert not (folder / "result.json").exists()
+    said = folder.with_suffix(".err-0").read_text()
+    assert f"told to end by {number.name} after step {last}: the same command goes on from step {last}\n" in said
+    steps = ["--training.steps", str(last + 3), *PLAIN, *options]
+    train(path, *steps)
+    assert not (folder / "metrics.discarded.jsonl").exists(), "no step is made twice"
+    train(whole, *steps)
+    assert losses(folder) == losses(tmp_path / "whole")
+    validated = [[row for row in rows(each) if "validation_loss" in row] for each in (folder, tmp_path / "whole")]
+    assert validated[0] == validated[1]
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
+    """The second alone is told; every tenth step is validated, and the rows of a run that nobody told are those of this one."""
+    path, alone = (write_config(tmp_path, name, tmp_path / "cache") for name in ("two", "alone"))
+    folder = tmp_path / "two"
+    assert told(path, folder, signal.SIGTERM, os.kill, n=2) == [143, 143], folder.with_suffix(".err-1").read_text()
+    (last,) = saved_steps(folder)
+    assert last == max(losses(folder))
+    train(path, *PLAIN, "--training.steps", str(last + 2), n_processes=2)
+    train(alone, *PLAIN, "--training.steps", str(last + 2))
+    assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
+    assert sorted(losses(folder)) == list(range(1, last + 3))
+
+
+def test_signals_are_heard_while_it_is_entered() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    stopping = Stopping(Watch())
+    with stopping:
+        assert not stopping.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.agreed()
+        assert stopping.signal == signal.SIGUSR1, "the first counts"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_how_often_processes_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second apart by the slowest one's pace; each alike, since all hear the same."""
+    asked: list[float] = []
+
+    def all_reduce(heard: object, op: object) -> None:
+        asked.append(seconds)
+
+    monkeypatch.setattr("titanarch.train.stopping.dist.all_reduce", all_reduce)
+    seconds = 0.0
+    stopping = Stopping(Watch(0, 2), clock=lambda: seconds)
+    for _ in range(40):
+        seconds += 0.0625
+        assert not stopping.agreed()
+    assert asked == [0.0625, 0.5625, 1.0625, 1.5625, 2.0625]
+    stopping.told = signal.SIGTERM
+    told_after = next(n for n in range(1, 9) if stopping.agreed())
+    assert (told_after, stopping.signal) == (1, signal.SIGTERM)
