@@ -23,7 +23,8 @@ import torch
 from benchmarks.measure import Comparison, call, compare, record
 from titanarch.data.config import DataConfig
 from titanarch.data.index_writer import IndexWriter
-from titanarch.data.loader import RowLoader, build_loader
+from titanarch.data.loader import build_loader
+from titanarch.data.row_loader import RowLoader
 from titanarch.data.split import SplitSource
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 

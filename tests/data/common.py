@@ -10,8 +10,9 @@ import numpy as np
 
 from titanarch.data.batch import Batch
 from titanarch.data.config import DataConfig
-from titanarch.data.loader import RowLoader, build_loader, merge_states
+from titanarch.data.loader import build_loader
 from titanarch.data.phases import Phase
+from titanarch.data.row_loader import RowLoader, merge_states
 from titanarch.data.tokenizers import build_tokenizer
 
 WORDS = ["the", "of", "and", "to", "in", "that", "it", "was", "his", "with", "as", "for", "had", "you", "not", "which", "have"]

@@ -15,7 +15,7 @@ from titanarch.data.errors import DataError
 from titanarch.data.ledger import Ledger, LedgerHeader, file_of
 from titanarch.data.ledger_check import LedgerReport, check_ledger
 from titanarch.data.ledger_files import read_ledger
-from titanarch.data.loader import RowLoader, merge_states
+from titanarch.data.row_loader import RowLoader, merge_states
 
 ROWS = 8
 

@@ -11,7 +11,9 @@ import pytest
 from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps, write_jsonl
 from titanarch.config.errors import ConfigError
 from titanarch.data.config import DataConfig
-from titanarch.data.loader import StreamedLoader, build_loader, merge_states
+from titanarch.data.loader import build_loader
+from titanarch.data.row_loader import merge_states
+from titanarch.data.streamed_loader import StreamedLoader
 from titanarch.data.tokenizers import build_tokenizer
 
 SEQ_LEN = 16

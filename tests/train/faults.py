@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from titanarch.contract.model import Objective
 from titanarch.contract.sequence import SequenceInfo
 from titanarch.data.batch import Batch
-from titanarch.data.loader import IndexedLoader, RowLoader
+from titanarch.data.loader import IndexedLoader
+from titanarch.data.row_loader import RowLoader
 from titanarch.models.language_model import CausalLanguageModel
 
 Fault = Callable[[nn.Module, Objective], Objective]

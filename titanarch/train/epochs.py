@@ -1,7 +1,7 @@
 """How many epochs a run takes: said before its first step, refused where they are too many."""
 
-from titanarch.data.loader import RowLoader
 from titanarch.data.repeats import check_repeats
+from titanarch.data.row_loader import RowLoader
 from titanarch.train.budget import Budget
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from titanarch.checkpoint.store import Checkpointer
-from titanarch.data.loader import RowLoader
+from titanarch.data.row_loader import RowLoader
 from titanarch.train.budget import Budget
 from titanarch.train.step import TrainStep
 

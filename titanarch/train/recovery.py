@@ -9,7 +9,7 @@ from titanarch.checkpoint.loading import State
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.store import load
 from titanarch.data.batch import Batch
-from titanarch.data.loader import RowLoader
+from titanarch.data.row_loader import RowLoader
 from titanarch.data.tokenizers import Tokenizer
 from titanarch.train.bad_reports import BadStepReports, StepRows
 from titanarch.train.guard import MOST_UNCHECKED_STEPS, BadGradientsConfig, BadStep
