@@ -49,6 +49,16 @@ def test_clip_measures_low_precision_in_fp32() -> None:
     assert GradientClipper([parameter], math.inf).clip().item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(65_537,), (2049, 2047), (3, 1 << 21)])
+def test_clip_measures_large_gradients_exactly(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One running sum is 8e-5 off here."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = parameter.grad.double().norm().item()
+    assert GradientClipper([parameter], math.inf).clip().item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_clip_without_gradients() -> None:
     held = parameters()
     held[0].grad = None
