@@ -26,6 +26,11 @@ CONFIGS = ROOT / "train_configs" / "architectures"
 RUNS = ROOT / "outputs" / "architecture_table"
 STORE = ROOT / "benchmarks" / "results" / "architecture_table.jsonl"
 BASELINE = "attention"
+FORMS = (
+    ("monarch_as_in_the_notes", "monarch", "diverges almost at once"),
+    ("isotropic_as_in_the_notes", "isotropic", "does not converge"),
+)
+"""What the research notes saw fail and how, and the form that is to mend it."""
 VOCABULARY, WARMUP_STEPS = 8192, 20
 """Of all the files."""
 
@@ -50,7 +55,7 @@ active are those that a token meets. FLOPs: forward, a token, in millions. Memor
 {table}
 
 Diverged, which is a loss after the warm-up that is not finite or above ln {vocabulary:,}: {diverged}.
-{missing}"""
+{forms}{missing}"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,19 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def forms(runs: Sequence[Run], diverged: Sequence[str]) -> str:
+    """Of each of FORMS whether it failed here, and how much less the mended one loses on the same seeds."""
+    losses = {(run.name, run.seed): run.loss for run in runs}
+    lines = []
+    for failing, mended, how in FORMS:
+        seeds = [seed for name, seed in losses if name == failing and (mended, seed) in losses]
+        if seeds:
+            found = "diverged" if failing in diverged else "did not diverge"
+            by = spread([losses[mended, seed] - losses[failing, seed] for seed in seeds], "+.3f")
+            lines.append(f"- `{failing}`, which {how} in the research notes, {found} here. The loss of `{mended}` from it: {by}.")
+    return "\n".join(["", *lines, ""]) if lines else ""
+
+
 def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], jobs: int) -> str:
     """docs/architectures.md."""
     seen = {(run.name, run.seed) for run in runs}
@@ -184,6 +202,7 @@ def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], jobs: int) -> s
         warmup=WARMUP_STEPS,
         table=table(runs),
         diverged=", ".join(diverged) or "none",
+        forms=forms(runs, diverged),
         missing=f"\nNot seen with every seed: {', '.join(absent)}.\n" if absent else "",
     )
 

@@ -75,6 +75,19 @@ def test_a_page_of_the_runs_that_have_ended(script: Any, tmp_path: Path) -> None
     assert "30 steps of 64 tokens" in page
 
 
+def test_what_the_notes_saw_fail_stands_beside_its_mended_form(script: Any, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(script, "monarch", seed, 4.0, 9.0)
+        write_run(script, "monarch_as_in_the_notes", seed, 4.0 + 0.5 * seed, 9.0)
+        write_run(script, "isotropic", seed, 4.0, 9.0)
+        write_run(script, "isotropic_as_in_the_notes", seed, 3.9, 9.0, later=9.5)
+    names = ("monarch", "monarch_as_in_the_notes", "isotropic", "isotropic_as_in_the_notes")
+    assert script.main(arguments(tmp_path, *names)) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "notes, did not diverge here. The loss of `monarch` from it: -0.750 ± 0.354." in page
+    assert "notes, diverged here. The loss of `isotropic` from it: +0.100 ± 0.000." in page
+
+
 def test_what_is_stored_needs_no_folder(script: Any, tmp_path: Path) -> None:
     for seed in (1, 2):
         write_run(script, "attention", seed, 4.0, 9.0)
