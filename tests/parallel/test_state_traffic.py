@@ -80,7 +80,7 @@ def received_bytes() -> dict[tuple[str, int], int]:
 def test_what_state_sends_does_not_grow_with_the_sequence() -> None:
     """What every process sends is gathered, and the gradients come back summed, one process's share of them."""
     recurrent = [name for name in MIXERS if issubclass(MIXERS[name], RecurrentMixer)]
-    assert set(SENT) == {name for name in recurrent if MIXERS[name].__module__.startswith("titanarch.")}
+    assert set(SENT) == {name for name in recurrent if MIXERS[name].__module__.startswith("titanarch.models.")}
     for counted in run_distributed(received_bytes, DEGREE):
         for name, sent in SENT.items():
             assert counted[name, 16] == counted[name, 64] == FP32 * (DEGREE * sum(sent) + sum(sent) - FIXED.get(name, 0)), name

@@ -27,7 +27,7 @@ from titanarch.checkpoint.train_state import ModelState, OptimizerState
 from titanarch.data.batch import IGNORED, Batch, Windows, make_batch
 from titanarch.data.layout import RowLayout
 from titanarch.parallel import fsdp, mesh
-from titanarch.train import check, gradients, resolve, setup
+from titanarch.train import check, resolve, setup
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientsConfig, GradientGuard
 from titanarch.train.optimizers import build_optimizers
@@ -224,7 +224,6 @@ def set_dtype(dtype: str) -> None:
     torch.set_default_dtype(torch.float64)
     resolve.DTYPES["float32"] = torch.float64
     fsdp.fp32_modules = lambda block: iter(())
-    gradients._square_norm = lambda tensors, device: torch.stack([t.square().sum() for t in tensors]).sum()
     meta = check.meta_model
     if meta.__name__ == "meta_model":
         double = lambda config, vocab_size: meta(config, vocab_size).double()  # noqa: E731

@@ -25,7 +25,7 @@ from titanarch.parallel.context_parallel import MIX_BY_METHOD, apply_context_par
 from titanarch.parallel.fsdp import fp32_modules
 from titanarch.parallel.tensor_parallel import apply_tensor_parallel
 from titanarch.testing.behaviour import BF16_ERROR
-from titanarch.testing.findings import Finding, Inapplicable, Wrong, require_equal, tolerance
+from titanarch.testing.findings import ROUNDINGS, Finding, Inapplicable, Wrong, require_equal, rounding, tolerance
 from titanarch.testing.kit import failure, raised
 from titanarch.testing.processes import run_distributed
 from titanarch.testing.subject import N_ROWS, Subject, built, inputs, outcome, rows
@@ -67,7 +67,7 @@ def _on_every_process(subjects: list[Subject]) -> list[Finding]:
             importlib.import_module(module)
         try:
             (x, weights), stack = inputs(), built(subject)
-            expected, bound = outcome(stack, x, rows(stack), weights), tolerance(subject)
+            expected, bound = outcome(stack, x, rows(stack), weights), max(tolerance(subject), ROUNDINGS * rounding(subject))
         except Exception as error:  # noqa: BLE001 (a component may raise anything; the other subjects go on)
             findings.append(failure(subject, "one process", f"{subject.name}: {raised(error)}"))
             continue

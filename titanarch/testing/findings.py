@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titanarch.testing.subject import N_HEADS, Subject, built, inputs, rows
+from titanarch.contract.init import name_keyed_generator
+from titanarch.testing.subject import N_HEADS, Subject, built, inputs, outcome, rows
 
 Status = Literal["ok", "FAIL", "known", "-"]
 """FAIL: the contract is broken. known: it is, and the component's card says why. -: does not apply."""
@@ -45,6 +46,9 @@ class Wrong(Exception):
 class Inapplicable(Exception):
     """A check says nothing of this component, and why."""
 
+
+ROUNDINGS = 20
+"""How many times what rounding moves the results of divided products may be off by: a few products follow each other."""
 
 Check = Callable[[Subject], str]
 """Returns what it found. Raises Wrong, Inapplicable, or whatever the component raises."""
@@ -91,6 +95,18 @@ def tolerance(subject: Subject) -> float:
     with torch.no_grad(), _LowPrecision(x.shape[0] * x.shape[1] * N_HEADS) as watch:
         stack(x, rows(stack))
     return ROUNDED if watch.seen else EXACT
+
+
+def rounding(subject: Subject) -> float:
+    """How far outputs and gradients in fp64 move where each weight moves by its last bits: products of other shapes do as much."""
+    found = []
+    for share in (0.0, torch.finfo(torch.float64).eps):
+        stack, (x, weights) = built(subject), inputs()
+        with torch.no_grad():
+            for name, parameter in stack.named_parameters():
+                parameter.mul_(1 + share * torch.randn(parameter.shape, generator=name_keyed_generator(3, name)).to(parameter.dtype))
+        found.append(outcome(stack, x, rows(stack), weights))
+    return difference(*found)[0]
 
 
 def require_equal(

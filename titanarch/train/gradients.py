@@ -14,7 +14,7 @@ _LARGE, _ROW = 1 << 16, 4096
 """A CPU adds up a norm's squares one after the other, so that of 65,536 elements it is 2e-7 off, and of 40M already 3e-3."""
 
 Measured = dict[tuple[str, ...], tuple[Tensor, list[int] | None]]
-"""By the process groups that divide them: the norm of each gradient's part here, fp32, and which parameters had one; None: all."""
+"""By the process groups that divide them: the norm of each gradient's part here, and which parameters had one; None: all."""
 
 
 class GradientClipper:
@@ -97,19 +97,21 @@ class GradientClipper:
 
 
 def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The 2-norm of each, fp32."""
+    """The 2-norm of each, fp32; fp64 of such."""
     if not tensors:
         return torch.zeros(0, device=device)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     parts = [_norms_of_rows(tensor) if device.type == "cpu" and tensor.numel() > _LARGE else tensor for tensor in tensors]
-    return torch.stack(torch._foreach_norm(parts, 2, torch.float32))
+    return torch.stack(torch._foreach_norm(parts, 2, dtype))
 
 
 def _norms_of_rows(tensor: Tensor) -> Tensor:
     """The norms of rows of _ROW elements, and what is left: their norm is that of ``tensor``."""
     flat = tensor.flatten()
     n_whole = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:n_whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    return torch.cat([rows, flat[n_whole:].float()])
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(flat[:n_whole].view(-1, _ROW), dim=1, dtype=dtype)
+    return torch.cat([rows, flat[n_whole:].to(dtype)])
 
 
 class LossScaler:
