@@ -44,7 +44,8 @@ goes through a part of them, as many active ones, as each file says. `benchmarks
 Read it with care. {total_tokens:,} tokens are {share:.0%} of an epoch and far from convergence; one learning rate serves all, tuned for
 none; tokens/s and memory are those of plain PyTorch on a CPU ({device}; {jobs} at a time, threads of each: {threads}), where no
 kernel of a GPU runs; other work on the machine slows runs, so compare tokens/s only where there was none. Differences below the
-spread of seeds say nothing, and ranks at so few tokens do not predict later ones.
+spread of seeds say nothing, and ranks at so few tokens do not predict later ones. `encoder_decoder` fills in spans that were cut out,
+given what is on both sides of them: another task, whose loss is not to be compared with the others'.
 
 First loss: of the first step, before any update, mean over seeds; a model that knows nothing has ln {vocabulary:,} = {uniform:.3f}, and
 the spread of its first logits adds half their variance. Worst: the highest loss logged after the {warmup} steps of the warm-up, of all
@@ -115,7 +116,9 @@ def ended(name: str, seed: int, steps: int, keys: Sequence[str]) -> Run | None:
         return None
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    return Run(name, seed, steps, list(keys), losses, json.loads((path / "result.json").read_text("utf-8")))
+    result = json.loads((path / "result.json").read_text("utf-8"))
+    del result["run"]  # a folder of this machine
+    return Run(name, seed, steps, list(keys), losses, result)
 
 
 def read(store: Path, steps: int, keys: Sequence[str]) -> dict[tuple[str, int], Run]:
@@ -195,7 +198,7 @@ def page(runs: Sequence[Run], wanted: Sequence[tuple[str, int]], jobs: int) -> s
         keys=f" (`{' '.join(runs[0].keys)}`)" if runs[0].keys else "",
         jobs=jobs,
         threads=threads_of(jobs),
-        device=" and ".join(sorted({run.result["device"] for run in runs})),
+        device=" and ".join(sorted({run.result["environment"]["device"] for run in runs})),
         baseline=BASELINE,
         vocabulary=VOCABULARY,
         uniform=math.log(VOCABULARY),

@@ -41,7 +41,8 @@ def write_run(script: Any, name: str, seed: int, loss: float, first: float, *, l
         "tokens": 1280,
         "step": 20,
         "epochs": 0.001,
-        "device": "a CPU",
+        "environment": {"device": "a CPU"},
+        "run": str(folder),
     }
     (folder / "result.json").write_text(json.dumps(result))
     losses = {1: first, 20: 99.0, 21: later, 30: 5.0}
@@ -73,6 +74,7 @@ def test_a_page_of_the_runs_that_have_ended(script: Any, tmp_path: Path) -> None
     assert "Not seen with every seed: rwkv7." in page
     assert "above ln 8,192: rwkv7." in page
     assert "30 steps of 64 tokens" in page
+    assert "on a CPU (a CPU; 1 at a time" in page
 
 
 def test_what_the_notes_saw_fail_stands_beside_its_mended_form(script: Any, tmp_path: Path) -> None:
@@ -95,6 +97,7 @@ def test_what_is_stored_needs_no_folder(script: Any, tmp_path: Path) -> None:
     shutil.rmtree(script.RUNS)
     assert script.main(arguments(tmp_path, "attention")) == 0
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2, "none is stored twice"
+    assert str(tmp_path) not in (tmp_path / "runs.jsonl").read_text(), "nor where it was"
     assert cells_of((tmp_path / "page.md").read_text())["attention"][0] == "2"
     assert script.main([*arguments(tmp_path, "attention"), "--", "--training.global_batch_size=4"]) == 1, "those were other runs"
 
