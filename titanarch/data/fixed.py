@@ -1,7 +1,8 @@
 """Rows that are the same at every call: for validation, and for the training loss on a fixed subset."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,12 +12,12 @@ from titanarch.data.config import DataConfig
 from titanarch.data.errors import data_error
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixed_rows import interleaved, mixture_order
-from titanarch.data.mixed_streams import MixedStreamReader, MixedStreamRow, mixed_stream_windows, repeating
+from titanarch.data.mixed_streams import MixedStreamReader, mixed_stream_windows, repeating
 from titanarch.data.rows import read_windows
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import MixtureConfig, Split
 from titanarch.data.split import SplitSource, opened_mixture
-from titanarch.data.streams import Cursor, StreamReader, StreamRow, stream_windows
+from titanarch.data.streams import Cursor, StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer
 
 
@@ -95,48 +96,44 @@ class _MixedSubset:
         return make_batch(interleaved(read, row_B))
 
 
-class _StreamSubset:
-    """The first rows of the documents end to end, read at once; fewer where the documents end before."""
+class _ReadRows:
+    """Rows of streams that were read at once. ``windows``: what makes some of them one thing."""
 
-    def __init__(self, source: SplitSource, tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
+    def __init__(self, rows: Sequence[Any], windows: Callable[[Sequence[Any], np.ndarray], Windows], *, seq_len: int) -> None:
         self.seq_len = seq_len
-        reader = StreamReader(
-            source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0)
-        )
-        self._rows: list[StreamRow] = []
-        while len(self._rows) < n_rows and (row := reader.next_row(0)).cursor.epoch == 0:
-            self._rows.append(row)
-        if not self._rows:
-            raise data_error(f"the {source.split} split has fewer than the {seq_len} tokens of a row", key="data.source")
+        self._rows, self._windows = rows, windows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def batch(self, row_B: np.ndarray) -> Batch:
-        return make_batch(stream_windows([self._rows[row] for row in row_B], row_B))
+        return make_batch(self._windows([self._rows[row] for row in row_B], row_B))
 
 
-class _MixedStreamSubset:
+def _one_stream(source: SplitSource, tokenizer: Tokenizer, *, seq_len: int) -> StreamReader:
+    """The documents end to end."""
+    return StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0))
+
+
+def _stream_subset(source: SplitSource, tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> _ReadRows:
+    """The first rows; fewer where the documents end before."""
+    reader = _one_stream(source, tokenizer, seq_len=seq_len)
+    rows = list(takewhile(lambda row: row.cursor.epoch == 0, (reader.next_row(0) for _ in range(n_rows))))
+    if not rows:
+        raise data_error(f"the {source.split} split has fewer than the {seq_len} tokens of a row", key="data.source")
+    return _ReadRows(rows, stream_windows, seq_len=seq_len)
+
+
+def _mixed_stream_subset(
+    mixture: MixtureConfig, sources: Sequence[SplitSource], tokenizer: Tokenizer, *, seq_len: int, n_rows: int
+) -> _ReadRows:
     """The first rows of a mixture that is streamed, in one stream, up to where a source has ended."""
-
-    def __init__(self, mixture: MixtureConfig, sources: list[SplitSource], tokenizer: Tokenizer, *, seq_len: int, n_rows: int) -> None:
-        self.seq_len = seq_len
-        readers = [
-            StreamReader(source, tokenizer, seq_len=seq_len, n_streams=1, streams=[0], cursors={}, packing="concat", shuffle=Shuffle(0, 0))
-            for source in sources
-        ]
-        reader = MixedStreamReader(repeating(mixture), readers, n_streams=1, cursors={0: (Cursor(),) * len(sources)}, next_row=0)
-        self._rows: list[MixedStreamRow] = []
-        while len(self._rows) < n_rows and (row := reader.next_row(0)).row.cursor.epoch == 0:
-            self._rows.append(row)
-        if not self._rows:
-            raise data_error(f"a source of the mixture has fewer than the {seq_len} tokens of a row", key="data.source.sources")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, row_B: np.ndarray) -> Batch:
-        return make_batch(mixed_stream_windows([self._rows[row] for row in row_B], row_B))
+    readers = [_one_stream(source, tokenizer, seq_len=seq_len) for source in sources]
+    reader = MixedStreamReader(repeating(mixture), readers, n_streams=1, cursors={0: (Cursor(),) * len(sources)}, next_row=0)
+    rows = list(takewhile(lambda found: found.row.cursor.epoch == 0, (reader.next_row(0) for _ in range(n_rows))))
+    if not rows:
+        raise data_error(f"a source of the mixture has fewer than the {seq_len} tokens of a row", key="data.source.sources")
+    return _ReadRows(rows, mixed_stream_windows, seq_len=seq_len)
 
 
 def fixed_batches(
@@ -161,9 +158,9 @@ def fixed_batches(
             raise ValueError("streamed training data are not read to their end for a fixed subset: give n_rows")
         if isinstance(config.source, MixtureConfig):
             sources = opened_mixture(config, lambda alone: SplitSource(alone, "train"))
-            rows: _Rows = _MixedStreamSubset(config.source, sources, tokenizer, seq_len=seq_len, n_rows=n_rows)
+            rows: _Rows = _mixed_stream_subset(config.source, sources, tokenizer, seq_len=seq_len, n_rows=n_rows)
         else:
-            rows = _StreamSubset(SplitSource(config, split), tokenizer, seq_len=seq_len, n_rows=n_rows)
+            rows = _stream_subset(SplitSource(config, split), tokenizer, seq_len=seq_len, n_rows=n_rows)
     elif isinstance(source_config := config.source_of(split), MixtureConfig):
         if n_rows is None:
             raise ValueError("a mixture has no end: give n_rows")
