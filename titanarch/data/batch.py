@@ -93,11 +93,17 @@ def make_batch(windows: Windows) -> Batch:
     inside = start_column_E < length  # a start at token T shows in the labels alone
     packed = bool(inside.any())
     if packed:
-        starts = np.unique(np.concatenate([starts, start_row_E[inside] * length + start_column_E[inside]]))
-        lengths = np.diff(starts, append=n_tokens)
+        row_starts = starts
+        starts = np.concatenate([starts, start_row_E[inside] * length + start_column_E[inside]])
+        starts.sort()
+        lengths = np.empty_like(starts)  # of an empty document 0
+        np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+        lengths[-1] = n_tokens - starts[-1]
+        if not lengths.all():
+            starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         document = np.arange(len(starts))
-        first_of_row = np.where(starts % length == 0, document, 0)
-        document_BT = np.repeat(document - np.maximum.accumulate(first_of_row), lengths).reshape(n_rows, length)
+        document -= starts.searchsorted(row_starts)[starts // length]
+        document_BT = np.repeat(document, lengths).reshape(n_rows, length)
         position = np.arange(n_tokens)
         position -= np.repeat(starts, lengths)
         position_BT = position.reshape(n_rows, length)

@@ -70,13 +70,16 @@ class MixedStreamReader:
         readers = [reader.only(streams) for reader in self._readers]
         return MixedStreamReader(self._config, readers, n_streams=self._n_streams, cursors=self._begin, next_row=self._next_row)
 
-    def next_row(self, number: int) -> MixedStreamRow:
-        """The next row of stream ``number``. Raises DataError where no source is left that has a weight, or one ends that is to stop."""
+    def next_row(self, number: int, into: np.ndarray | None = None) -> MixedStreamRow:
+        """The next row of stream ``number``, as of ``StreamReader``.
+
+        Raises DataError where no source is left that has a weight, or one ends that is to stop.
+        """
         row, cursors = self._row[number], self._cursors[number]
         self._row[number] += self._n_streams
         while True:
             source = source_of(row, self._n_streams, self._weights(row, cursors))
-            taken = self._readers[source].next_row(number)
+            taken = self._readers[source].next_row(number, into)
             cursors[source] = taken.cursor
             if not self._ended(source, taken.cursor):
                 break
@@ -107,9 +110,9 @@ def repeating(config: MixtureConfig) -> MixtureConfig:
     return config.model_copy(update={"sources": tuple(part.model_copy(update={"at_end": "repeat"}) for part in config.sources)})
 
 
-def mixed_stream_windows(rows: Sequence[MixedStreamRow], row_B: np.ndarray) -> Windows:
-    """Rows of streams together; ``row_B`` int64 are their numbers in the run."""
-    windows = stream_windows([each.row for each in rows], row_B)
+def mixed_stream_windows(rows: Sequence[MixedStreamRow], row_B: np.ndarray, tokens_BS: np.ndarray | None = None) -> Windows:
+    """As ``stream_windows``."""
+    windows = stream_windows([each.row for each in rows], row_B, tokens_BS)
     assert windows.origin_BI is not None, "rows of streams say where they come from"
     source_B1 = np.array([[each.source] for each in rows], dtype=np.int64)
     return windows._replace(origin_BI=np.concatenate([source_B1, windows.origin_BI], axis=1))

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from titanarch.data.permutation import Permutation
+from titanarch.data.sources import Position
 from titanarch.data.split import Record
+
+
+class Place(NamedTuple):
+    """``number`` of a document in the order of its pass; ``block``: where the block that it is in begins."""
+
+    number: int
+    block: Position
 
 
 class Shuffle(NamedTuple):
@@ -24,17 +32,18 @@ class Shuffle(NamedTuple):
         """The first number of the block that holds ``number``."""
         return number - number % max(1, self.n_documents)
 
-    def __call__(self, records: Iterator[Record], *, epoch: int) -> Iterator[tuple[Record, Record]]:
-        """Each document with its place: its number in the order of pass ``epoch``, and where its block begins.
+    def __call__(self, records: Iterator[Record], *, epoch: int) -> Iterator[tuple[Record, Place]]:
+        """Each document with its place in the order of pass ``epoch``.
 
         ``records`` begin with a block; its contents are held in memory.
         """
         if self.n_documents <= 1:
-            yield from ((record, Record(record.number, record.position, None)) for record in records)
+            for record in records:
+                yield record, Place(record.number, record.position)
             return
         while block := list(islice(records, self.n_documents)):
             first = block[0]
             assert self.block_start(first.number) == first.number, f"document {first.number} does not begin a block"
             order = Permutation(len(block), seed=self.seed, epoch=epoch, part=first.number)(np.arange(len(block)))
             for place, index in enumerate(order.tolist()):
-                yield block[index], Record(first.number + place, first.position, None)
+                yield block[index], Place(first.number + place, first.position)

@@ -68,6 +68,13 @@ class SplitSource:
         position, document = self._parsed
         return document if document is not None and position == record.position else self.source.parse(record.position, record.content)
 
+    def text(self, record: Record) -> str:
+        """That of ``document``."""
+        position, document = self._parsed
+        if document is not None and position == record.position:
+            return document.text
+        return self.source.text(record.position, record.content)
+
     def identity(self) -> list[Any]:
         """What changes whenever the documents of the split may have changed; JSON."""
         return [self.source.identity(), self.split, self._fraction, self._limit]

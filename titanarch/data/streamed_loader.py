@@ -63,14 +63,16 @@ class StreamedLoader(RowLoader):
         if self._rows is None:
             reader = self._open(first_row)
             self._rows = StreamWorkers(reader, self._n_workers) if self._n_workers else reader
-        return make_batch(self._windows([self._next_row(stream) for stream in (row_B % self.n_streams).tolist()], row_B))
+        tokens_BS = np.empty((len(row_B), self.phase.seq_len + 1), dtype=np.int32)
+        rows = [self._next_row(stream, tokens_S) for stream, tokens_S in zip((row_B % self.n_streams).tolist(), tokens_BS, strict=True)]
+        return make_batch(self._windows(rows, row_B, tokens_BS))
 
-    def _windows(self, rows: Sequence[Any], row_B: np.ndarray) -> Windows:
-        return stream_windows(rows, row_B)
+    def _windows(self, rows: Sequence[Any], row_B: np.ndarray, tokens_BS: np.ndarray) -> Windows:
+        return stream_windows(rows, row_B, tokens_BS)
 
-    def _next_row(self, stream: int) -> Any:
+    def _next_row(self, stream: int, into: np.ndarray) -> Any:
         assert self._rows is not None, "opened by _load"
-        row: Any = self._rows.next_row(stream)
+        row: Any = self._rows.next_row(stream, into)
         if row.cursor.epoch >= MOST_EPOCHS and not self._allow_repeat:
             raise repeated(row.cursor.epoch + 1)
         self._cursors[stream] = row.cursor
@@ -168,12 +170,12 @@ class MixedStreamLoader(StreamedLoader):
         ]
         return MixedStreamReader(self._mixture, readers, n_streams=self.n_streams, cursors=dict(self._mixed), next_row=first_row)
 
-    def _windows(self, rows: Sequence[Any], row_B: np.ndarray) -> Windows:
-        return mixed_stream_windows(rows, row_B)
+    def _windows(self, rows: Sequence[Any], row_B: np.ndarray, tokens_BS: np.ndarray) -> Windows:
+        return mixed_stream_windows(rows, row_B, tokens_BS)
 
-    def _next_row(self, stream: int) -> Any:
+    def _next_row(self, stream: int, into: np.ndarray) -> Any:
         assert self._rows is not None, "opened by _load"
-        row: Any = self._rows.next_row(stream)
+        row: Any = self._rows.next_row(stream, into)
         epoch = row.cursor[row.source].epoch
         if epoch >= MOST_EPOCHS and not self._allow_repeat:
             raise repeated(epoch + 1, source=f"the source {self._mixture.names[row.source]}")

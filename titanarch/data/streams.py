@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +17,14 @@ import numpy as np
 from titanarch.data.batch import Windows
 from titanarch.data.errors import data_error
 from titanarch.data.packing import Packing
-from titanarch.data.shuffle import Shuffle
+from titanarch.data.shuffle import Place, Shuffle
 from titanarch.data.skips import SkipCounts
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
 from titanarch.data.tokenizers import Tokenizer
 
 ASIDE_BYTES = 32 << 20  # texts put aside in memory; beyond, they go to a temporary file
+NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
 class Cursor(NamedTuple):
@@ -92,19 +92,24 @@ class _Aside:
         return text
 
 
-@dataclass
 class _Stream:
-    """A stream: the document it goes on with, its tokens at hand, and texts put aside.
+    """A stream: the document it goes on with, and those put aside for it.
 
-    ``at``: its cursor after the last row. ``waiting`` holds (epoch, place, text kept); ``tokenized`` holds (epoch, place,
-    tokens), the first one begun at ``skip``. A place is a Record that the Shuffle made.
+    ``at``: its cursor after the last row. ``rest``: what is left of the document ``place`` of pass ``epoch``, of ``n_tokens`` in all;
+    the stream ``is_open`` from the first row on. ``waiting`` holds (epoch, place, text kept).
     """
 
-    begin: Cursor
-    at: Cursor
-    skip: int
-    waiting: deque[tuple[int, Record, str | tuple[int, int]]]
-    tokenized: deque[tuple[int, Record, np.ndarray]]
+    def __init__(self, begin: Cursor) -> None:
+        self.begin = self.at = begin
+        self.waiting: deque[tuple[int, Place, str | tuple[int, int]]] = deque()
+        self.is_open = False
+        self.epoch, self.place, self.n_tokens, self.rest = 0, Place(0, Position()), 0, NO_TOKENS
+
+    def go_on(self, rest: np.ndarray) -> None:
+        """A row was taken, and ``rest`` of the document is left."""
+        self.rest = rest
+        place, block = self.place, self.place.block
+        self.at = Cursor(self.epoch, place.number, block.file, block.offset, block.record, self.n_tokens - len(rest))
 
 
 class StreamReader:
@@ -132,10 +137,9 @@ class StreamReader:
         self._packing, self._shuffle = packing, shuffle
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._n_streams, self._cursors = seq_len, n_streams, dict(cursors)
-        begins = {stream: cursors.get(stream, Cursor()) for stream in streams}
-        self._state = {stream: _Stream(begin, begin, begin.skip, deque(), deque()) for stream, begin in begins.items()}
+        self._state = {stream: _Stream(cursors.get(stream, Cursor())) for stream in streams}
         self._aside = _Aside()
-        self._scan: Iterator[tuple[int, Record, Record]] | None = None  # begun at the first row, so that a fresh reader pickles
+        self._scan: Iterator[tuple[int, Record, Place]] | None = None  # begun at the first row, so that a fresh reader pickles
 
     @property
     def skipped(self) -> SkipCounts:
@@ -155,7 +159,7 @@ class StreamReader:
             shuffle=self._shuffle,
         )
 
-    def _scanned(self) -> Iterator[tuple[int, Record, Record]]:
+    def _scanned(self) -> Iterator[tuple[int, Record, Place]]:
         """(epoch, document, its place) from the block of the earliest cursor on, pass after pass, for ever."""
         first = min((stream.begin for stream in self._state.values()), key=lambda cursor: (cursor.epoch, cursor.number))
         epoch = first.epoch
@@ -173,86 +177,80 @@ class StreamReader:
                 raise data_error(f"{message}: set data.streams and training.global_batch_size to fewer", key="data.streams")
             epoch, start = epoch + 1, None
 
-    def _next_document(self, stream: _Stream) -> None:
-        """Tokenize the next document of ``stream``."""
-        epoch, place, text = self._put_aside(stream) if stream.waiting else self._found(stream)
-        stream.tokenized.append((epoch, place, self._tokenizer.encode_document(text)))
+    def _next_document(self, stream: _Stream) -> np.ndarray:
+        """Go on to the next document of ``stream`` that has a token; its tokens."""
+        while True:
+            if stream.waiting:
+                stream.epoch, stream.place, kept = stream.waiting.popleft()
+                text = self._aside.take(kept)
+            else:
+                stream.epoch, stream.place, text = self._found(stream)
+            tokens = self._tokenizer.encode_document(text)
+            stream.n_tokens = len(tokens)
+            if stream.n_tokens:
+                return tokens
 
-    def _put_aside(self, stream: _Stream) -> tuple[int, Record, str]:
-        epoch, place, kept = stream.waiting.popleft()
-        return epoch, place, self._aside.take(kept)
-
-    def _found(self, stream: _Stream) -> tuple[int, Record, str]:
+    def _found(self, stream: _Stream) -> tuple[int, Place, str]:
         """The next document of ``stream``; those of others that come before it are put aside."""
         self._scan = self._scan or self._scanned()
         for epoch, record, place in self._scan:
             owner = self._state.get(place.number % self._n_streams)
-            if owner is not None and (epoch, place.number) >= (owner.begin.epoch, owner.begin.number):
-                text = self._source.document(record).text
+            if owner is not None and (epoch, place.number) >= owner.begin[:2]:
+                text = self._source.text(record)
                 if owner is stream:
                     return epoch, place, text
                 owner.waiting.append((epoch, place, self._aside.put(text)))
         raise AssertionError("passes never end")
 
-    def next_row(self, number: int) -> StreamRow:
-        """The next row of stream ``number``."""
+    def next_row(self, number: int, into: np.ndarray | None = None) -> StreamRow:
+        """The next row of stream ``number``; its tokens are written to ``into``, int32 [T + 1], if that is given."""
         stream = self._state[number]
-        if self._packing == "padded":
-            return self._padded_row(stream)
-        n_wanted = self._seq_len + 1
-        row = np.empty(n_wanted, dtype=np.int32)
+        if not stream.is_open:
+            stream.rest, stream.is_open = self._next_document(stream)[stream.begin.skip :], True
+        row = np.empty(self._seq_len + 1, dtype=np.int32) if into is None else into
+        before = stream.at
+        starts = self._fill_padded(stream, row) if self._packing == "padded" else self._fill(stream, row)
+        real = starts[0] if starts and self._packing == "padded" else len(row)
+        return StreamRow(row, starts, stream.at, real, before, self.skipped)
+
+    def _fill(self, stream: _Stream, row: np.ndarray) -> list[int]:
+        """Documents end to end; where they begin. The stream goes on with the last token of the row, which is an input then."""
         starts: list[int] = []
-        n_taken = taken_documents = 0
-        while n_taken < n_wanted:
-            if taken_documents == len(stream.tokenized):
-                self._next_document(stream)
-            tokens = stream.tokenized[taken_documents][2]
-            piece = tokens[0 if taken_documents else stream.skip :][: n_wanted - n_taken]
-            if n_taken and len(piece):
-                starts.append(n_taken)
-            row[n_taken : n_taken + len(piece)] = piece
-            n_taken += len(piece)
-            taken_documents += 1
-        self._advance(stream)
-        epoch, place, _ = stream.tokenized[0]
-        cursor = Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        before, stream.at = stream.at, cursor
-        return StreamRow(row, starts, cursor, n_wanted, before, self._source.source.skips.counts)
+        place, n_wanted, rest = 0, len(row), stream.rest
+        while (end := place + len(rest)) < n_wanted:
+            row[place:end] = rest
+            if end > place:
+                starts.append(end)
+            place, rest = end, self._next_document(stream)
+        row[place:] = rest[: n_wanted - place]
+        stream.go_on(rest[n_wanted - 1 - place :])
+        return starts
 
-    def _padded_row(self, stream: _Stream) -> StreamRow:
-        """The next document, as much as a row takes. The cursor stays on it, with all of its tokens behind."""
-        while not stream.tokenized or stream.skip >= len(stream.tokenized[0][2]):
-            if stream.tokenized:
-                stream.skip -= len(stream.tokenized.popleft()[2])
-            else:
-                self._next_document(stream)
-        epoch, place, tokens = stream.tokenized[0]
-        real = min(len(tokens), self._seq_len + 1)
-        row = np.zeros(self._seq_len + 1, dtype=np.int32)
+    def _fill_padded(self, stream: _Stream, row: np.ndarray) -> list[int]:
+        """The next document, as much as a row takes; where the padding begins. The stream stays on it, with all of its tokens behind."""
+        tokens = stream.rest if len(stream.rest) else self._next_document(stream)
+        real = min(len(tokens), len(row))
         row[:real] = tokens[:real]
-        stream.skip = len(tokens)
-        starts = [real] if real <= self._seq_len else []
-        before, stream.at = stream.at, Cursor(epoch, place.number, *place.position, skip=stream.skip)
-        return StreamRow(row, starts, stream.at, real, before, self._source.source.skips.counts)
-
-    def _advance(self, stream: _Stream) -> None:
-        """Go T tokens on, to the document that holds the first token of the next row."""
-        stream.skip += self._seq_len
-        while stream.skip >= len(stream.tokenized[0][2]):
-            stream.skip -= len(stream.tokenized.popleft()[2])
+        row[real:] = 0
+        stream.go_on(NO_TOKENS)
+        return [real] if real < len(row) else []
 
 
-def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray) -> Windows:
-    """Rows of streams together; ``row_B`` int64 are their numbers in the run."""
-    real_B = np.array([row.real for row in rows])
-    tokens_BS = np.stack([row.tokens for row in rows])
+def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray, tokens_BS: np.ndarray | None = None) -> Windows:
+    """Rows of streams together; ``row_B`` int64 are their numbers in the run, ``tokens_BS`` their tokens if they lie there already."""
+    if tokens_BS is None:
+        tokens_BS = np.stack([row.tokens for row in rows])
+    reals = [row.real for row in rows]
+    origins: list[int] = []
+    for row in rows:
+        origins += (*_place(row.before), *_place(row.cursor))
     return Windows(
         tokens_BS,
-        np.repeat(np.arange(len(rows)), [len(row.starts) for row in rows]),
+        np.array([number for number, row in enumerate(rows) for _ in row.starts], dtype=np.int64),
         np.array([start for row in rows for start in row.starts], dtype=np.int64),
         row_B,
-        real_B if (real_B < tokens_BS.shape[1]).any() else None,
-        np.array([[*_place(row.before), *_place(row.cursor)] for row in rows], dtype=np.int64),
+        np.array(reals) if min(reals) < tokens_BS.shape[1] else None,
+        np.array(origins, dtype=np.int64).reshape(len(rows), -1),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -141,11 +142,12 @@ class StreamWorkers:
         self._pool = _Pool(_StreamDataset(reader), n_workers=n_workers, prefetch_factor=max(2, self._n_streams // n_workers))
         self._place = 0
 
-    def next_row(self, stream: int) -> Any:
-        """The next row, a StreamRow or MixedStreamRow, which the caller knows to be of ``stream``."""
+    def next_row(self, stream: int, into: np.ndarray) -> Any:
+        """The next row, a StreamRow or MixedStreamRow, which the caller knows to be of ``stream``; ``into`` gets its tokens too."""
         item = self._pool.next()
         if isinstance(item, ConfigError):
             raise item
+        into[:] = (item.row if isinstance(item, MixedStreamRow) else item).tokens
         self._place += 1
         if self._place == self._n_streams:  # the None that fill the round up
             self._place = 0

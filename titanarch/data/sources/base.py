@@ -90,6 +90,10 @@ class TextSource(Source):
     def parse(self, position: Position, record: Any) -> Document:
         """The document at ``position``. Raises DataError with file and line where it is malformed."""
 
+    def text(self, position: Position, record: Any) -> str:
+        """The text of ``parse`` alone, for sources that find it faster."""
+        return self.parse(position, record).text
+
     def records(self, start: Position, *, unreachable: bool) -> Iterator[tuple[Position, Any]]:
         """As ``read``; where errors are skipped, so is the rest of a damaged file, with ``unreachable`` also of one the storage gave up."""
         while start.file < len(self.files):

@@ -64,6 +64,13 @@ class JsonLines(TextSource):
             raise data_error(f"'{self.text_key}' {problem}", file=url, line=line)
         return item
 
+    def text(self, position: Position, record: bytes) -> str:
+        try:
+            text = from_json(record)[self.text_key]  # which refuses half of a surrogate pair itself
+        except (ValueError, TypeError, KeyError):
+            return super().text(position, record)
+        return text if type(text) is str and not self.id_key else super().text(position, record)
+
     def parse(self, position: Position, record: bytes) -> Document:
         item = self.parse_object(position, record)
         name = str(item[self.id_key]) if self.id_key else f"{self.files[position.file].name}:{position.record + 1}"
