@@ -6,18 +6,21 @@
 Prepared tokens are random, in documents of log-normal lengths (median 600 tokens), more than caches hold. Rows have 2,048
 tokens, batches 32 rows, with positions, documents and the loader's state. Speeds are tokens per second of processor time, of
 each call. Text is the package's corpus, in pieces of 4,096 characters and in whole documents; both sides tokenize as many tokens of
-it, one document at a time. Going on is timed from nothing: a new loader, the state of row 10,000,000, the first batch.
+it, one document at a time: the tokenizer alone is the library's object, called for an array where it has such a call, or as it is
+called by default, for a list. Going on is timed from nothing: a new loader, the state of row 10,000,000, the first batch.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
+import tokenizers
 import torch
 
 from benchmarks.measure import Comparison, call, compare, record
@@ -27,6 +30,7 @@ from titanarch.data.loader import build_loader
 from titanarch.data.row_loader import RowLoader
 from titanarch.data.split import SplitSource
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
+from titanarch.data.tokenizers.base import BUILTIN, file_bytes
 
 SEQ_LEN, ROWS = 2048, 32
 PIECE_CHARACTERS = 4096
@@ -118,13 +122,25 @@ def write_pieces(path: Path, n_characters: int) -> Path:
     return path
 
 
-def against_the_tokenizer(path: Path, tokenizer: Tokenizer, *, n_tokens: int, n_rounds: int) -> Comparison:
+def libraries() -> list[tuple[str, str, Callable[[str], Sized]]]:
+    """The tokenizers of the package by the libraries' own calls: kind of ``data.tokenizer``, call, and the call."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=file_bytes(BUILTIN, "spm_unigram_8192.model"))
+    pairs = tokenizers.Tokenizer.from_str(file_bytes(BUILTIN, "hf_bytebpe_8192.json").decode())
+    return [
+        ("sentencepiece", "to an array", pieces.encode_as_numpy),
+        ("sentencepiece", "to a list", pieces.encode),
+        ("hf", "to a list", lambda text: pairs.encode(text, add_special_tokens=False).ids),
+    ]
+
+
+def against_the_tokenizer(path: Path, kind: str, alone: tuple[str, Callable[[str], Sized]], *, n_tokens: int, n_rounds: int) -> Comparison:
     """Streamed rows against encoding the same texts, ``n_tokens`` tokens each; a source begins anew where it ends."""
     source = {"kind": "jsonl", "paths": [str(path)]}
-    config = DataConfig.model_validate({"source": source, "mode": "streamed", "allow_repeat": True})
+    config = DataConfig.model_validate({"source": source, "mode": "streamed", "allow_repeat": True, "tokenizer": {"kind": kind}})
+    name, encode = alone
     texts = [record_["text"] for record_ in map(json.loads, path.read_text("utf-8").splitlines())]
 
-    loader, left = loader_of(config, tokenizer), cycle(texts)
+    loader, left = loader_of(config, build_tokenizer(config.tokenizer)), cycle(texts)
 
     def streamed() -> None:
         for _ in range(n_tokens // (ROWS * SEQ_LEN)):
@@ -133,9 +149,9 @@ def against_the_tokenizer(path: Path, tokenizer: Tokenizer, *, n_tokens: int, n_
     def raw() -> None:
         wanted = n_tokens // (ROWS * SEQ_LEN) * ROWS * SEQ_LEN
         while wanted > 0:
-            wanted -= len(tokenizer.encode(next(left))) + 1
+            wanted -= len(encode(next(left))) + 1
 
-    return compare((f"streamed rows of {path.stem}", streamed), ("tokenizer alone", raw), n_rounds=n_rounds)
+    return compare((f"streamed rows of {path.stem}", streamed), (f"{kind} alone, {name}", raw), n_rounds=n_rounds)
 
 
 def streamed_going_on(path: Path, tokenizer: Tokenizer, *, n_rounds: int) -> dict[str, Any]:
@@ -178,9 +194,10 @@ def main() -> None:
         pieces = write_pieces(folder / "pieces.jsonl", PIECE_CHARACTERS)
         results.append(streamed_going_on(pieces, tokenizer, n_rounds=options.rounds))
         for path in (pieces, write_pieces(folder / "whole documents.jsonl", 0)):
-            compared = against_the_tokenizer(path, tokenizer, n_tokens=options.text_tokens, n_rounds=options.rounds)
-            print(compared.summary())
-            results.append(compared)
+            for kind, how, encode in libraries():
+                compared = against_the_tokenizer(path, kind, (how, encode), n_tokens=options.text_tokens, n_rounds=options.rounds)
+                print(compared.summary())
+                results.append(compared)
     if options.record:
         print(record(options.record, results, settings={**vars(options), "seq_len": SEQ_LEN, "rows": ROWS}))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -32,6 +33,8 @@ class HfTokenizer(Tokenizer):
         super().__init__(config)
         import tokenizers  # only where it is used: a run on another format does without it
 
+        # A text at a time leaves its threads nothing to do, and after a fork they would be warned of
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         content = file_bytes(config.path, "hf_bytebpe_8192.json")
         try:
             self._model = tokenizers.Tokenizer.from_str(content.decode())
@@ -56,7 +59,8 @@ class HfTokenizer(Tokenizer):
         return vocabulary[token]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        (encoding,) = self._model.encode_batch_fast([text], add_special_tokens=False)  # without offsets, which take a quarter of the time
+        return np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(token) for token in ids], skip_special_tokens=True)
