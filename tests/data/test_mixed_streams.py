@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps, write_jsonl
+from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps
 from titanarch.cli.main import main
 from titanarch.config.errors import ConfigError
 from titanarch.data.config import DataConfig
@@ -24,17 +25,9 @@ TEXTS = {"a": make_texts(60, seed=1), "b": make_texts(24, seed=2), "c": make_tex
 
 
 @pytest.fixture
-def mixture_of(tmp_path: Path, config_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
-    """A streamed mixture of the sources named, each with its table but for the source."""
-
-    def make(parts: dict[str, dict[str, Any]], **table: Any) -> DataConfig:
-        sources = [
-            {"source": {"kind": "jsonl", "paths": [str(write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[name]))]}, "name": name, **part}
-            for name, part in parts.items()
-        ]
-        return config_of(source={"kind": "mixture", "sources": sources}, mode="streamed", **table)
-
-    return make
+def mixture_of(mixture_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
+    """The same, streamed."""
+    return partial(mixture_of, mode="streamed")
 
 
 def stream_rows(name: str, stream: int, n_streams: int, *, passes: int = 40) -> Iterator[bytes]:
