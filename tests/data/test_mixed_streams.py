@@ -97,13 +97,13 @@ def test_a_dropped_source_is_used_once(mixture_of: Callable[..., DataConfig]) ->
         assert [row for row in own if row not in once[stream]] == others[stream][: 60 - len(once[stream])]
 
 
-def test_ends_that_end_the_run(mixture_of: Callable[..., DataConfig]) -> None:
+def test_what_no_run_goes_past(mixture_of: Callable[..., DataConfig]) -> None:
     def run(parts: dict[str, Any], **table: Any) -> None:
         run_steps(mixture_of(parts, **table), None, steps=400, rows=ROWS, local=ROWS, degree=1)
 
-    with pytest.raises(ConfigError, match=r"\[data.source\] sources: the source c has ended and at_end is 'stop'"):
+    with pytest.raises(ConfigError, match=r"\[data.source\] sources: the source c has ended: row \d+ of the run would take tokens of"):
         run({"a": {"weight": 1.0}, "c": {"weight": 1.0, "at_end": "stop"}})
-    with pytest.raises(ConfigError, match=r"the source a, the source c ended, and no other has a weight at row \d+"):
+    with pytest.raises(ConfigError, match=r"the source [ac] has ended: row \d+ of the run would take tokens of another pass over it$"):
         run({"a": {"weight": 1.0, "at_end": "drop"}, "c": {"weight": 1.0, "at_end": "drop"}})
     with pytest.raises(ConfigError, match=r"the source c ended, and no other has a weight at row \d+"):
         run({"a": {"schedule": [[0, 1.0], [9, 0.0]]}, "c": {"weight": 1.0, "at_end": "drop"}})
