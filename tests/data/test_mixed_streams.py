@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps, write_jsonl
+from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps
 from titanarch.cli.main import main
 from titanarch.config.errors import ConfigError
 from titanarch.data.config import DataConfig
@@ -24,17 +25,9 @@ TEXTS = {"a": make_texts(60, seed=1), "b": make_texts(24, seed=2), "c": make_tex
 
 
 @pytest.fixture
-def mixture_of(tmp_path: Path, config_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
-    """A streamed mixture of the sources named, each with its table but for the source."""
-
-    def make(parts: dict[str, dict[str, Any]], **table: Any) -> DataConfig:
-        sources = [
-            {"source": {"kind": "jsonl", "paths": [str(write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[name]))]}, "name": name, **part}
-            for name, part in parts.items()
-        ]
-        return config_of(source={"kind": "mixture", "sources": sources}, mode="streamed", **table)
-
-    return make
+def mixture_of(mixture_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
+    """The same, streamed."""
+    return partial(mixture_of, mode="streamed")
 
 
 def stream_rows(name: str, stream: int, n_streams: int, *, passes: int = 40) -> Iterator[bytes]:
@@ -104,13 +97,13 @@ def test_a_dropped_source_is_used_once(mixture_of: Callable[..., DataConfig]) ->
         assert [row for row in own if row not in once[stream]] == others[stream][: 60 - len(once[stream])]
 
 
-def test_ends_that_end_the_run(mixture_of: Callable[..., DataConfig]) -> None:
+def test_what_no_run_goes_past(mixture_of: Callable[..., DataConfig]) -> None:
     def run(parts: dict[str, Any], **table: Any) -> None:
         run_steps(mixture_of(parts, **table), None, steps=400, rows=ROWS, local=ROWS, degree=1)
 
-    with pytest.raises(ConfigError, match=r"\[data.source\] sources: the source c has ended and at_end is 'stop'"):
+    with pytest.raises(ConfigError, match=r"\[data.source\] sources: the source c has ended: row \d+ of the run would take tokens of"):
         run({"a": {"weight": 1.0}, "c": {"weight": 1.0, "at_end": "stop"}})
-    with pytest.raises(ConfigError, match=r"the source a, the source c ended, and no other has a weight at row \d+"):
+    with pytest.raises(ConfigError, match=r"the source [ac] has ended: row \d+ of the run would take tokens of another pass over it$"):
         run({"a": {"weight": 1.0, "at_end": "drop"}, "c": {"weight": 1.0, "at_end": "drop"}})
     with pytest.raises(ConfigError, match=r"the source c ended, and no other has a weight at row \d+"):
         run({"a": {"schedule": [[0, 1.0], [9, 0.0]]}, "c": {"weight": 1.0, "at_end": "drop"}})

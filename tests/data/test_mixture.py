@@ -107,20 +107,6 @@ def test_a_plan_is_the_order_from_any_row(monkeypatch: pytest.MonkeyPatch) -> No
             plan.begin_at(state)
 
 
-@pytest.fixture
-def mixture_of(tmp_path: Path, config_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
-    """A mixture of the sources named, each with its table but for the source."""
-
-    def make(parts: dict[str, dict[str, Any]], **table: Any) -> DataConfig:
-        sources = [
-            {"source": {"kind": "jsonl", "paths": [str(write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[name]))]}, "name": name, **part}
-            for name, part in parts.items()
-        ]
-        return config_of(source={"kind": "mixture", "sources": sources}, **table)
-
-    return make
-
-
 def windows_of(name: str) -> list[bytes]:
     tokens, begins = joined_bytes(TEXTS[name])
     return [naive_row(tokens, begins, start, SEQ_LEN) for start in range(0, len(tokens) - SEQ_LEN, SEQ_LEN)]

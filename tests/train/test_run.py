@@ -1,11 +1,14 @@
 """Whole runs: the layout does not change a run, and nothing is lost when it is killed."""
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.train.runs import losses, rows, train, train_and_kill, write_config
+from titanarch.checkpoint.marker import MARKER
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,32 @@ def test_a_run_ends_with_the_source_that_ends_it(folder: Path) -> None:
     train(config, *overrides)
     again = json.loads((folder / "mixture" / "result.json").read_text())
     assert (again["step"], again["losses"]) == (result["step"], result["losses"])
+
+
+def test_streams_end_a_run_where_their_source_does(folder: Path) -> None:
+    """All processes at the same step and with status 0, though only one of them reads the row that is not there; and after a kill."""
+    draw, sources = random.Random(2), []
+    for name, n_documents in (("endless", 200), ("ending", 100)):
+        texts = ["one two three four " * draw.randint(2, 20) for _ in range(n_documents)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        source = f'{{kind = "jsonl", paths = ["{folder}/{name}.jsonl"]}}'
+        sources.append(f'{{source = {source}, name = "{name}", weight = 1, at_end = "{"stop" if name == "ending" else "repeat"}"}}')
+    overrides = ["--data.source", f'{{kind = "mixture", sources = [{", ".join(sources)}]}}', "--metrics.sinks", '["jsonl", "progress"]']
+    overrides += ["--data.mode", "streamed", "--data.limit_documents", "0", "--data.streams", "16", "--training.steps", "1000"]
+    overrides += ["--validation.enable", "false", "--evaluation.enable", "false", "--lr_scheduler.kind", "constant"]
+    overrides += ["--data.allow_repeat", "true", "--checkpoint.interval", "4"]
+    train(write_config(folder, "alone", folder / "cache"), *overrides)
+    expected, killed = losses(folder / "alone"), write_config(folder, "killed at an end", folder / "cache")
+    last = json.loads((folder / "alone" / "result.json").read_text())["step"]
+    assert list(expected) == list(range(1, last + 1))
+    train_and_kill(killed, folder / "killed at an end", draw.randint(3, 9), *overrides)
+    shown = train(killed, *overrides, "--training.local_batch_size", "2", n_processes=2)
+    assert losses(folder / "killed at an end") == pytest.approx(expected, rel=1e-5)
+    assert json.loads((folder / "killed at an end" / "result.json").read_text())["step"] == last
+    assert re.search(rf"the run ends before step {last + 1}: the source ending has ended: row \d+ of", shown.stdout + shown.stderr)
+    assert (folder / "killed at an end" / "checkpoints" / f"step-{last:08d}" / MARKER).is_file()
+    train(killed, *overrides)
+    assert losses(folder / "killed at an end").keys() == expected.keys(), "there is nothing left to train"
 
 
 def test_many_epochs_want_leave(folder: Path) -> None:

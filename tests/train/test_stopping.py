@@ -1,5 +1,6 @@
 """Runs that are told to end by a signal: they stop together, have saved, say so by their status, and lose nothing."""
 
+import math
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed import free_port
 from tests.train.runs import arguments_of, environment, losses, rows, start, train, write_config
@@ -121,3 +123,33 @@ def test_how_often_processes_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> 
     stopping.told = signal.SIGTERM
     told_after = next(n for n in range(1, 9) if stopping.agreed())
     assert (told_after, stopping.signal) == (1, signal.SIGTERM)
+
+
+def test_a_number_of_all_is_asked_for_with_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one reduction, after which nobody asks again at once; one process asks nobody."""
+    others, asked = [0.0, 0.0, -math.inf], list[list[float]]()
+
+    def all_reduce(heard: torch.Tensor, op: object) -> None:
+        asked.append(heard.tolist())
+        heard.copy_(torch.maximum(heard, torch.tensor(others, dtype=torch.float64)))
+
+    monkeypatch.setattr("titanarch.train.stopping.dist.all_reduce", all_reduce)
+    seconds = 0.0
+    stopping = Stopping(Watch(0, 2), clock=lambda: seconds)
+    for _ in range(8):
+        seconds += 0.0625
+        assert stopping.least(math.inf) == math.inf
+        assert not stopping.agreed()
+    assert len(asked) == 8
+    row = float(10**14 + 1)
+    others[2] = -row
+    assert stopping.least(row + 1) == stopping.least(row) == stopping.least(math.inf) == row
+    others[0] = float(signal.SIGUSR1)
+    assert stopping.least(row - 1) == row - 1
+    assert (stopping.signal, stopping.agreed()) == (signal.SIGUSR1, True)
+    asked.clear()
+    alone = Stopping(Watch())
+    assert (alone.least(7.0), alone.signal) == (7.0, 0)
+    alone.told = signal.SIGTERM
+    assert (alone.least(math.inf), alone.signal) == (math.inf, signal.SIGTERM)
+    assert asked == []

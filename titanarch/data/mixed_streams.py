@@ -7,17 +7,18 @@ the sequence whose parts are filled most evenly (Kuipers and Niederreiter, "Unif
 that the streams of a source stay side by side and its documents are passed through together.
 
 A stream whose source is dropped at its end goes on with the other sources, whose shares grow. What is left of the last pass, less
-than a row and its last target, is not used.
+than a row and its last target, is not used. Where a source ends the run, the row says so that would take tokens of its next pass.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from titanarch.config.errors import Problem
 from titanarch.data.batch import Windows
-from titanarch.data.errors import data_error
+from titanarch.data.errors import DataError, data_error
 from titanarch.data.skips import SkipCounts
 from titanarch.data.sources import MixtureConfig
 from titanarch.data.sources.mixture import weight_at
@@ -28,6 +29,18 @@ _ONE = 1 << 64
 
 MixedCursor = tuple[Cursor, ...]
 """Where a stream of the run goes on in each source."""
+
+
+class SourceEnded(DataError):
+    """Row ``row`` of the run would be of source number ``source``, which has ended in the row's stream and ends the run."""
+
+    def __init__(self, row: int, source: int, name: str) -> None:
+        message = f"the source {name} has ended: row {row} of the run would take tokens of another pass over it"
+        super().__init__(Problem(message, key="data.source.sources"))
+        self.row, self.source, self.name = row, source, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceEnded, (self.row, self.source, self.name)
 
 
 class MixedStreamRow(NamedTuple):
@@ -73,7 +86,8 @@ class MixedStreamReader:
     def next_row(self, number: int, into: np.ndarray | None = None) -> MixedStreamRow:
         """The next row of stream ``number``, as of ``StreamReader``.
 
-        Raises DataError where no source is left that has a weight, or one ends that is to stop.
+        Raises SourceEnded where a source ends that is to stop or the last one that is to be dropped, and DataError where no source
+        that is left has a weight.
         """
         row, cursors = self._row[number], self._cursors[number]
         self._row[number] += self._n_streams
@@ -83,8 +97,8 @@ class MixedStreamReader:
             cursors[source] = taken.cursor
             if not self._ended(source, taken.cursor):
                 break
-            if self._config.sources[source].at_end == "stop":
-                raise data_error(f"{self._named(source)} has ended and at_end is 'stop'", key="data.source.sources")
+            if self._config.sources[source].at_end == "stop" or all(self._ended(i, cursor) for i, cursor in enumerate(cursors)):
+                raise SourceEnded(row, source, self._config.names[source])
         counts = [reader.skipped for reader in self._readers]
         skipped = SkipCounts(sum(each.documents for each in counts), sum(each.files for each in counts))
         return MixedStreamRow(taken, source, tuple(cursors), skipped)
@@ -92,17 +106,20 @@ class MixedStreamReader:
     def _ended(self, source: int, cursor: Cursor) -> bool:
         return cursor.epoch > 0 and self._config.sources[source].at_end != "repeat"
 
-    def _named(self, source: int) -> str:
-        return f"the source {self._config.names[source]}"
-
     def _weights(self, row: int, cursors: Sequence[Cursor]) -> list[float]:
         parts = self._config.sources
         ended = [self._ended(i, cursor) for i, cursor in enumerate(cursors)]
         weights = [0.0 if gone else weight_at(part.knots, row) for part, gone in zip(parts, ended, strict=True)]
         if not any(weights):
-            names = ", ".join(self._named(i) for i, gone in enumerate(ended) if gone)
+            names = ", ".join(f"the source {name}" for name, gone in zip(self._config.names, ended, strict=True) if gone)
             raise data_error(f"{names} ended, and no other has a weight at row {row}", key="data.source.sources")
         return weights
+
+
+def may_end(config: MixtureConfig) -> bool:
+    """Whether a row can raise SourceEnded."""
+    ends = [part.at_end for part in config.sources]
+    return "stop" in ends or "repeat" not in ends
 
 
 def repeating(config: MixtureConfig) -> MixtureConfig:

@@ -1,7 +1,7 @@
 """What every training loader is: micro-batches whose rows depend on nothing but their number in the run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from titanarch.data.batch import Batch, keep_freed_memory
@@ -76,8 +76,13 @@ class RowLoader(ABC, Iterator[Batch]):
 
     @property
     def ended(self) -> str:
-        """Why the step that comes next cannot be had; empty where it can. Asked for between steps."""
+        """Why the step that comes next cannot be had, as far as this rank knows; empty where it can. Asked for between steps."""
         return ""
+
+    def ended_for_all(self, least: Callable[[float], float]) -> str:
+        """``ended`` as all ranks together know it. Collective where each rank knows of its own rows alone: ``least`` then gives the least
+        of a number of each rank; others do not call it."""
+        return self.ended
 
     def __next__(self) -> Batch:
         if self._micro_batch == 0 and (reason := self.ended):

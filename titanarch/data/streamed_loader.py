@@ -1,7 +1,7 @@
 """Training loaders of text that is tokenized on the fly: one source, or a mixture of several."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,10 @@ from titanarch.data.errors import data_error
 from titanarch.data.files import samples_checksum
 from titanarch.data.layout import RunLayout
 from titanarch.data.ledger import Origins
-from titanarch.data.mixed_streams import MixedCursor, MixedStreamReader, mixed_stream_windows
+from titanarch.data.mixed_streams import MixedCursor, MixedStreamReader, MixedStreamRow, may_end, mixed_stream_windows
 from titanarch.data.repeats import MOST_EPOCHS, repeated
 from titanarch.data.row_loader import RowLoader
+from titanarch.data.rows_ahead import RowsAhead
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.skips import SkipCounts
 from titanarch.data.sources import MixtureConfig
@@ -60,12 +61,16 @@ class StreamedLoader(RowLoader):
 
     def _load(self, first_row: int) -> Batch:
         row_B = np.arange(first_row, first_row + self.layout.local_batch_size)
-        if self._rows is None:
-            reader = self._open(first_row)
-            self._rows = StreamWorkers(reader, self._n_workers) if self._n_workers else reader
+        self._begin(first_row)
         tokens_BS = np.empty((len(row_B), self.phase.seq_len + 1), dtype=np.int32)
         rows = [self._next_row(stream, tokens_S) for stream, tokens_S in zip((row_B % self.n_streams).tolist(), tokens_BS, strict=True)]
         return make_batch(self._windows(rows, row_B, tokens_BS))
+
+    def _begin(self, first_row: int) -> None:
+        """Open the streams from ``first_row`` on, unless they are open."""
+        if self._rows is None:
+            reader = self._open(first_row)
+            self._rows = StreamWorkers(reader, self._n_workers) if self._n_workers else reader
 
     def _windows(self, rows: Sequence[Any], row_B: np.ndarray, tokens_BS: np.ndarray) -> Windows:
         return stream_windows(rows, row_B, tokens_BS)
@@ -135,7 +140,8 @@ class StreamedLoader(RowLoader):
 class MixedStreamLoader(StreamedLoader):
     """Rows of R streams, each of which takes its rows from several sources in their shares.
 
-    The state holds, of every stream of this rank, the cursor in each source.
+    The state holds, of every stream of this rank, the cursor in each source. Where a source may end the run, the rows of a step
+    are read before it begins; the state has those alone that were handed out.
     """
 
     def __init__(
@@ -146,6 +152,7 @@ class MixedStreamLoader(StreamedLoader):
         self._fingerprint = hashlib.sha256(" ".join(source.content_name(tokenizer) for source in sources).encode()).hexdigest()
         self._all, self._mixture = sources, mixture
         self._mixed: dict[int, MixedCursor] = {stream: (Cursor(),) * len(sources) for stream in self._streams}
+        self._ahead = RowsAhead(mixture.names)
 
     def _sources(self) -> list[SplitSource]:
         return list(self._all)
@@ -173,15 +180,43 @@ class MixedStreamLoader(StreamedLoader):
     def _windows(self, rows: Sequence[Any], row_B: np.ndarray, tokens_BS: np.ndarray) -> Windows:
         return mixed_stream_windows(rows, row_B, tokens_BS)
 
+    @property
+    def ended(self) -> str:
+        return self._ahead.why(self._look_ahead())
+
+    def ended_for_all(self, least: Callable[[float], float]) -> str:
+        return self._ahead.why(least(self._look_ahead())) if may_end(self._mixture) else ""
+
+    def _look_ahead(self) -> float:
+        """Read this rank's rows of the next step where they may not be had; which cannot, as ``RowsAhead.lacking``."""
+        if may_end(self._mixture) and not self._ahead:
+            firsts = [self.layout.first_row(self._step, m) for m in range(self.accumulation_steps)]
+            self._begin(firsts[0])
+            rows = (first + i for first in firsts for i in range(self.layout.local_batch_size))
+            self._ahead.look(rows, lambda row: self._read(row % self.n_streams))
+        return self._ahead.lacking
+
     def _next_row(self, stream: int, into: np.ndarray) -> Any:
-        assert self._rows is not None, "opened by _load"
+        if self._ahead:
+            row = self._ahead.take()
+            into[:] = row.row.tokens
+        else:
+            row = self._read(stream, into)
+        self._mixed[stream] = row.cursor
+        self._skipped = max(self._skipped, row.skipped)
+        return row
+
+    def _read(self, stream: int, into: np.ndarray | None = None) -> MixedStreamRow:
+        assert self._rows is not None, "opened before"
         row: Any = self._rows.next_row(stream, into)
         epoch = row.cursor[row.source].epoch
         if epoch >= MOST_EPOCHS and not self._allow_repeat:
             raise repeated(epoch + 1, source=f"the source {self._mixture.names[row.source]}")
-        self._mixed[stream] = row.cursor
-        self._skipped = max(self._skipped, row.skipped)
         return row
+
+    def close(self) -> None:
+        super().close()
+        self._ahead.clear()
 
     def _saved_cursors(self) -> dict[str, Any]:
         return {str(stream): [cursor.to_json() for cursor in at] for stream, at in self._mixed.items()}

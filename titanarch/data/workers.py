@@ -142,12 +142,13 @@ class StreamWorkers:
         self._pool = _Pool(_StreamDataset(reader), n_workers=n_workers, prefetch_factor=max(2, self._n_streams // n_workers))
         self._place = 0
 
-    def next_row(self, stream: int, into: np.ndarray) -> Any:
+    def next_row(self, stream: int, into: np.ndarray | None = None) -> Any:
         """The next row, a StreamRow or MixedStreamRow, which the caller knows to be of ``stream``; ``into`` gets its tokens too."""
         item = self._pool.next()
         if isinstance(item, ConfigError):
             raise item
-        into[:] = (item.row if isinstance(item, MixedStreamRow) else item).tokens
+        if into is not None:
+            into[:] = (item.row if isinstance(item, MixedStreamRow) else item).tokens
         self._place += 1
         if self._place == self._n_streams:  # the None that fill the round up
             self._place = 0

@@ -1,4 +1,4 @@
-"""How many epochs a run takes: said before its first step, refused where they are too many."""
+"""How many epochs a run takes: said before its first step, refused where they are too many, and how many it took."""
 
 from titanarch.data.repeats import check_repeats
 from titanarch.data.row_loader import RowLoader
@@ -19,3 +19,9 @@ def check_next_step(loader: RowLoader, budget: Budget, *, allowed: bool) -> None
     """ConfigError where the next step of a run by minutes takes rows too often and that is not ``allowed``."""
     if budget.total_steps is None and not allowed:
         check_repeats(loader.passes(loader.next_row + loader.layout.global_batch_size), allowed=False)
+
+
+def epochs_so_far(loader: RowLoader) -> float:
+    """Passes over the data that are behind; of a mixture and of streams whole ones, those of the source that has had the fewest."""
+    passes = loader.passes(loader.next_row)
+    return passes[0].epochs if len(passes) == 1 else float(loader.epoch)

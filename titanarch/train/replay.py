@@ -79,7 +79,7 @@ def replay(
         if not rolled_back:
             trainer.recovery.pass_rows(_first_row_after_roll_back(folder, start, step))
         losses = _steps_before(trainer, step, processes)
-        batches = trainer.draw(trainer.loader)
+        batches = _draw(trainer)
         for name, parameter in trainer.model.named_parameters():
             if parameters is not None:
                 parameters(plain_name(name), shard_of(parameter.detach()))
@@ -145,7 +145,7 @@ def _steps_before(trainer: Trainer, step: int, processes: Processes) -> dict[int
     losses: dict[int, float] = {}
     while trainer.progress.step < step - 1:
         number = trainer.progress.step + 1
-        outcome = trainer.train_step(number, trainer.draw(trainer.loader))
+        outcome = trainer.train_step(number, _draw(trainer))
         bad = trainer.guard.bad
         if bad is not None and bad.action == "roll_back":
             trainer.recovery.roll_back(trainer.state(), trainer.checkpointer.wait)
@@ -153,3 +153,11 @@ def _steps_before(trainer: Trainer, step: int, processes: Processes) -> dict[int
         losses[number] = processes.sum(outcome.loss.clone()).item()
         trainer.advance()
     return losses
+
+
+def _draw(trainer: Trainer) -> list[Batch]:
+    """The rows of the next step. ConfigError, on all processes, where the data do not last for it."""
+    trainer.ending.look_ahead()
+    if trainer.ending.data_ended:
+        raise ConfigError(Problem(f"the run has no step {trainer.progress.step + 1}: {trainer.ending.data_ended}"))
+    return trainer.draw(trainer.loader)

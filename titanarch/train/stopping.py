@@ -4,6 +4,7 @@ Told is who gets SIGTERM (a preemption, ``kill``, the launcher) or SIGUSR1 (Slur
 signal's number is what a shell gives a process that the signal killed: launchers take it for an interruption, not for a fault.
 """
 
+import math
 import signal
 import socket
 import threading
@@ -43,8 +44,9 @@ class Stopping:
     """Listens for SIGNALS while it is entered, which only the main thread can; before and after, they do what they did.
 
     A process that is told goes on until all know of it: ``agreed``, called by all after each step, tells all at the same call.
-    Every half a second of steps they ask each other by a reduction of two numbers on the host, so no step waits for a device. One
-    process asks nobody. Where the main thread waits for a process of this node that has died, ``watch`` ends it.
+    Every half a second of steps they ask each other by a reduction of three numbers on the host, so no step waits for a device; where
+    a number is wanted of all at each step, ``least`` asks both at once. One process asks nobody. Where the main thread waits for a
+    process of this node that has died, ``watch`` ends it.
     """
 
     def __init__(self, watch: Watch, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -91,16 +93,21 @@ class Stopping:
 
     def ask(self) -> bool:
         """The same, asking at once. Collective."""
+        self.least(math.inf)
+        return bool(self.signal)
+
+    def least(self, number: float) -> float:
+        """The least of the processes' ``number``s, which hear of signals on the way as by ``ask``. Collective."""
         if self._watch.world_size == 1:
             self.signal = self.signal or self.told
-            return bool(self.signal)
+            return number
         (calls, then), now = self._asked, self._clock()
-        heard = torch.tensor([float(self.told), (now - then) / max(calls, 1)], dtype=torch.float64)
+        heard = torch.tensor([float(self.told), (now - then) / max(calls, 1), -number], dtype=torch.float64)
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
         self.signal = self.signal or int(heard[0])
         pace = max(float(heard[1]), SECONDS_BETWEEN_AGREEMENTS / MOST_STEPS_BETWEEN_AGREEMENTS)
         self._until_asked, self._asked = max(int(SECONDS_BETWEEN_AGREEMENTS / pace), 1), (0, now)
-        return bool(self.signal)
+        return -float(heard[2])
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         """More signals change nothing: schedulers and launchers both send one, and then SIGKILL when their patience is over."""

@@ -18,7 +18,8 @@ from titanarch.data.tokenizers import build_tokenizer
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
-from titanarch.train.epochs import check_next_step, planned_epochs
+from titanarch.train.ending import Ending
+from titanarch.train.epochs import check_next_step, epochs_so_far, planned_epochs
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.held_out import HeldOut
@@ -113,6 +114,7 @@ class Trainer:
         )
         self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.stopping = Stopping(processes.watch)
+        self.ending = Ending(self.budget, self.stopping, self.loader, self.meter)
         self.held_out = HeldOut(
             config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
         )
@@ -175,11 +177,9 @@ class Trainer:
     def _loop(self, profile: Callable[[], None], collect_garbage: Callable[[int], None]) -> None:
         batches = self.meter.timed(self.loader)
         first_step = self.progress.step + 1
-        while not (self.budget.done or self.stopping.signal):
+        self.ending.look_ahead()
+        while not self.ending.is_here:
             step = self.progress.step + 1
-            if reason := self.loader.ended:
-                self.log.event(f"the run ends before step {step}: {reason}")
-                break
             self._refuse_repeats(saves=step > first_step)
             self.watchdog.begin(step)
             if not self.stopping.told:  # a signal to all processes ends the one that uploads too, which _end_early makes good
@@ -193,9 +193,11 @@ class Trainer:
             if bad is not None and bad.action == "roll_back":
                 with self.watchdog.paused():
                     self._roll_back(bad)
+                self.ending.look_ahead()
                 continue
             self.advance()
             self.stopping.agreed()
+            self.ending.look_ahead()
             self.processes.watch.finished(step)
             scalars, parts = {"grad_norm": outcome.grad_norm}, {"loss": outcome.loss, **outcome.parts}
             self.meter.step_done(self.tokens_per_step, *((scalars, parts) if bad is None else ({}, {})))  # means are over steps made
@@ -205,6 +207,8 @@ class Trainer:
                 set_timeout(self.config.comm.train_timeout_seconds)
             profile()
             collect_garbage(step)
+        if self.ending.data_ended:
+            self.log.event(f"the run ends before step {self.progress.step + 1}: {self.ending.data_ended}")
 
     def _refuse_repeats(self, *, saves: bool) -> None:
         """Where the next step may not be made, raise after a checkpoint to go on from."""
@@ -237,7 +241,7 @@ class Trainer:
                 self.recovery.refused(self.guard.bad, tokens=self.progress.tokens)
         elif not outcome.is_made:
             self.log.event(f"step {step}: the update was skipped, its gradient norm is {outcome.grad_norm.item()}")
-        is_last = self.budget.done or bool(self.stopping.signal)
+        is_last = self.ending.is_here
         if self.config.metrics.is_logged(step) or is_last:
             self.guard.check()
             row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
@@ -367,7 +371,7 @@ class Trainer:
             "run": str(self.folder.path),
             "step": self.progress.step,
             "tokens": self.progress.tokens,
-            "epochs": self._epochs(),
+            "epochs": epochs_so_far(self.loader),
             **({"source_epochs": epochs} if (epochs := self.loader.source_epochs) else {}),
             "parameters": self.cost.parameters,
             "non_embedding_parameters": self.cost.non_embedding_parameters,
@@ -387,10 +391,6 @@ class Trainer:
         tokens = [(length, rows * length) for length, rows in self.phases.state(self.loader.next_row)]
         flops = sum(n * self.flops_per_token[length] for length, n in tokens)
         return flops / max(sum(n for _, n in tokens), 1) * self.progress.tokens
-
-    def _epochs(self) -> float:
-        passes = self.loader.passes(self.loader.next_row)
-        return passes[0].epochs if len(passes) == 1 else float(self.loader.epoch)
 
 
 def run_path(config: RunConfig) -> Path:

@@ -79,15 +79,23 @@ class StepMeter:
 
     def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The same batches; the time waited for each counts as ``data_seconds``."""
-        clock, iterator = self._clock, iter(batches)
+        iterator = iter(batches)
         while True:
-            started = clock()
             try:
-                batch = next(iterator)
+                with self.waiting():
+                    batch = next(iterator)
             except StopIteration:
                 return
-            self._now.data_seconds += clock() - started
             yield batch
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside waits for rows, and counts as ``data_seconds``."""
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self._now.data_seconds += self._clock() - started
 
     def step_done(self, tokens: int, scalars: Mapping[str, Tensor], partials: Mapping[str, Tensor] | None = None) -> None:
         """End of an optimizer step over ``tokens`` tokens of the whole run.
