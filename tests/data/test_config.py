@@ -31,7 +31,6 @@ MIXTURE = mixture("corpus")
         ({"source": {"kind": "tokens", "path": "x"}, "mode": "streamed"}, "read in indexed mode"),
         ({"streams": 4}, "in streamed mode alone"),
         ({"shuffle_documents": 4}, "indexed rows are shuffled already"),
-        ({"source": JSONL, "mode": "streamed", "packing": "best_fit"}, "best_fit keeps rows open until a document fits"),
         (
             {"source": mixture("corpus", {"kind": "tokens", "path": "x"}), "mode": "streamed"},
             "prepared tokens are read in indexed mode; all",

@@ -31,6 +31,7 @@ def configs(folder: Path) -> dict[str, DataConfig]:
         "mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}},
         "streamed_mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}, "mode": "streamed"},
         "streamed": {"source": source, "mode": "streamed"},
+        "streamed_best_fit": {"source": source, "mode": "streamed", "packing": "best_fit"},
         "streamed_padded": {"source": source, "mode": "streamed", "packing": "padded", "shuffle_documents": 5, "streams": 16},
     }
     return {name: data_config(folder / "cache", **table) for name, table in tables.items()}
@@ -86,7 +87,7 @@ def report_of(folder: Path) -> LedgerReport:
     return check_ledger(read_ledger(folder))
 
 
-@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", "streamed", "streamed_padded", "streamed_mixture"])
+@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", "streamed", "streamed_best_fit", "streamed_padded", "streamed_mixture"])
 def test_every_row_once_over_kills_and_resizes(tmp_path: Path, name: str) -> None:
     draw = random.Random(name)
     run = Run(tmp_path, configs(tmp_path)[name])

@@ -66,17 +66,17 @@ def test_each_source_gives_the_rows_of_its_own_streams(mixture_of: Callable[...,
     assert [len(at) for at in state["cursors"].values()] == [2] * 12
 
 
-@pytest.mark.parametrize("shuffle", [0, 5])
-def test_layouts_restarts_and_workers_change_nothing(shuffle: int, mixture_of: Callable[..., DataConfig]) -> None:
+@pytest.mark.parametrize(("shuffle", "packing"), [(0, "concat"), (5, "concat"), (5, "best_fit")])
+def test_layouts_restarts_and_workers_change_nothing(shuffle: int, packing: str, mixture_of: Callable[..., DataConfig]) -> None:
     """While one source is dropped and another begins again."""
     parts = {"a": {"schedule": [[0, 0.1], [90, 0.6]]}, "b": {"weight": 2.0}, "c": {"weight": 1.0, "at_end": "drop"}}
-    config = mixture_of(parts, streams=2 * ROWS, shuffle_documents=shuffle)
-    expected, end = run_steps(config, None, steps=60, rows=ROWS, local=ROWS, degree=1)
+    config = mixture_of(parts, streams=2 * ROWS, shuffle_documents=shuffle, packing=packing)
+    expected, end = run_steps(config, None, steps=80, rows=ROWS, local=ROWS, degree=1)
     assert all(at[2]["epoch"] == 1 for at in end["cursors"].values()), "c has ended everywhere"
     assert max(at[1]["epoch"] for at in end["cursors"].values()) >= 1
     rows: dict[int, bytes] = {}
     state: dict[str, Any] | None = None
-    for steps, degree, local, workers in ((7, 2, 3, 0), (9, 1, 2, 2), (0, 2, 1, 0), (13, 3, 2, 0), (20, 1, 6, 2), (11, 6, 1, 0)):
+    for steps, degree, local, workers in ((7, 2, 3, 0), (9, 1, 2, 2), (0, 2, 1, 0), (13, 3, 2, 0), (20, 1, 6, 2), (31, 6, 1, 0)):
         section = config.model_copy(update={"workers": workers})
         part, state = run_steps(section, state, steps=steps, rows=ROWS, local=local, degree=degree)
         assert not rows.keys() & part.keys()

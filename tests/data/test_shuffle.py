@@ -20,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "padded": {"packing": "padded"},
     "streamed padded": {"mode": "streamed", "packing": "padded"},
     "streamed shuffled": {"mode": "streamed", "shuffle_documents": 7, "streams": 12},
+    "streamed best_fit": {"mode": "streamed", "packing": "best_fit"},
+    "streamed shuffled best_fit": {"mode": "streamed", "shuffle_documents": 7, "streams": 12, "packing": "best_fit"},
     "streamed shuffled padded": {"mode": "streamed", "shuffle_documents": 16, "packing": "padded"},
 }
 
@@ -48,7 +50,7 @@ def test_layouts_and_restarts_change_nothing(kind: str, tmp_path: Path, config_o
     assert rows == expected
 
 
-@pytest.mark.parametrize("kind", ["best_fit", "streamed shuffled padded"])
+@pytest.mark.parametrize("kind", ["best_fit", "streamed shuffled padded", "streamed shuffled best_fit"])
 def test_workers_change_nothing(kind: str, tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:
     config = config_for(kind, tmp_path, config_of)
     expected, _ = run_steps(config, None, steps=9, rows=ROWS, local=ROWS, degree=1, seq_len=SEQ_LEN)

@@ -73,9 +73,6 @@ class DataConfig(Section):
             raise ValueError('streams has a meaning in streamed mode alone; leave it out or set mode = "streamed"')
         if self.mode == "indexed" and self.shuffle_documents:
             raise ValueError('shuffle_documents: indexed rows are shuffled already; leave it out or set mode = "streamed"')
-        if self.mode == "streamed" and self.packing == "best_fit":
-            reason = "best_fit keeps rows open until a document fits, and streamed data would have to save them"
-            raise ValueError(f'packing: {reason}; set mode = "indexed", or packing to "concat" or "padded"')
         return self
 
     @model_validator(mode="after")
@@ -86,9 +83,9 @@ class DataConfig(Section):
             return self
         if self.mode == "streamed" and any(isinstance(part.source, TokensConfig) for part in self.source.sources):
             raise ValueError("mode: prepared tokens are read in indexed mode; all sources of a mixture are read in one mode")
-        if self.mode == "streamed" and self.packing != "concat":
-            reason = "shares of a mixture that is streamed are counted in rows, which hold as many tokens with concat alone"
-            raise ValueError(f'packing: {reason}; set packing = "concat", or mode = "indexed"')
+        if self.mode == "streamed" and self.packing == "padded":
+            reason = "shares of a mixture that is streamed are counted in rows, which padded ones do not fill"
+            raise ValueError(f'packing: {reason}; set packing to "concat" or "best_fit", or mode = "indexed"')
         if self.validation_fraction > 0:
             raise ValueError("validation_fraction: a mixture holds nothing out; name a source of its own in data.validation")
         if self.limit_documents:

@@ -1,7 +1,8 @@
 """Streamed rows: documents tokenized on the fly, in R logical streams.
 
 Document i of a split, in the order that ``Shuffle`` gives it, goes to stream i mod R. A stream is its documents end to
-end; its rows are windows of T + 1 tokens, T apart; or each document is a row, padded. At the end of the source every
+end; its rows are windows of T + 1 tokens, T apart; or each document is a row, padded; or groups of documents are packed by best
+fit. At the end of the source every
 stream begins it again. One reader goes through the source once for all the streams it serves; the documents of a
 stream that is behind are put aside meanwhile.
 """
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from titanarch.data.shuffle import Place, Shuffle
 from titanarch.data.skips import SkipCounts
 from titanarch.data.sources import Position
 from titanarch.data.split import Record, SplitSource
+from titanarch.data.stream_groups import Group, first_rows, rows_after
 from titanarch.data.tokenizers import Tokenizer
 
 ASIDE_BYTES = 32 << 20  # texts put aside in memory; beyond, they go to a temporary file
@@ -30,7 +33,8 @@ NO_TOKENS = np.empty(0, dtype=np.int32)
 class Cursor(NamedTuple):
     """Where a stream goes on: ``skip`` tokens into document ``number`` of the split's order, in pass ``epoch``.
 
-    ``file``, ``offset``, ``record`` are the Position of the first document of its block.
+    ``file``, ``offset``, ``record`` are the Position of the first document of its block. Of rows by best fit, ``number`` is the first
+    document of a group that was read for ``group_rows`` rows and has documents of ``lengths`` tokens, and ``skip`` counts its rows.
     """
 
     epoch: int = 0
@@ -39,13 +43,16 @@ class Cursor(NamedTuple):
     offset: int = 0
     record: int = 0
     skip: int = 0
+    group_rows: int = 0
+    lengths: tuple[int, ...] = ()
 
-    def to_json(self) -> dict[str, int]:
-        return self._asdict()
+    def to_json(self) -> dict[str, Any]:
+        values = self._asdict()
+        return values if self.group_rows else {name: values[name] for name in Cursor._fields[:6]}
 
     @staticmethod
-    def from_json(values: Mapping[str, int]) -> "Cursor":
-        return Cursor(**values)
+    def from_json(values: Mapping[str, Any]) -> "Cursor":
+        return Cursor(**{**values, "lengths": tuple(values.get("lengths", ()))})
 
 
 class StreamRow(NamedTuple):
@@ -96,7 +103,8 @@ class _Stream:
     """A stream: the document it goes on with, and those put aside for it.
 
     ``at``: its cursor after the last row. ``rest``: what is left of the document ``place`` of pass ``epoch``, of ``n_tokens`` in all;
-    the stream ``is_open`` from the first row on. ``waiting`` holds (epoch, place, text kept).
+    the stream ``is_open`` from the first row on. ``waiting`` holds (epoch, place, text kept). ``group``: by best fit, the documents that
+    are packed together.
     """
 
     def __init__(self, begin: Cursor) -> None:
@@ -104,6 +112,7 @@ class _Stream:
         self.waiting: deque[tuple[int, Place, str | tuple[int, int]]] = deque()
         self.is_open = False
         self.epoch, self.place, self.n_tokens, self.rest = 0, Place(0, Position()), 0, NO_TOKENS
+        self.group: Group | None = None
 
     def go_on(self, rest: np.ndarray) -> None:
         """A row was taken, and ``rest`` of the document is left."""
@@ -115,8 +124,7 @@ class _Stream:
 class StreamReader:
     """The rows of some streams of a split.
 
-    ``cursors`` gives the cursor of each stream in ``streams``; a stream without one begins at the beginning. ``packing`` is
-    "concat" or "padded".
+    ``cursors`` gives the cursor of each stream in ``streams``; a stream without one begins at the beginning.
     Raises DataError where the data cannot be read, or have fewer documents than ``n_streams``.
     """
 
@@ -132,7 +140,6 @@ class StreamReader:
         packing: Packing,
         shuffle: Shuffle,
     ) -> None:
-        assert packing != "best_fit", "the configuration refuses it for streams"
         self.streams = list(streams)
         self._packing, self._shuffle = packing, shuffle
         self._source, self._tokenizer = source, tokenizer
@@ -180,15 +187,17 @@ class StreamReader:
     def _next_document(self, stream: _Stream) -> np.ndarray:
         """Go on to the next document of ``stream`` that has a token; its tokens."""
         while True:
-            if stream.waiting:
-                stream.epoch, stream.place, kept = stream.waiting.popleft()
-                text = self._aside.take(kept)
-            else:
-                stream.epoch, stream.place, text = self._found(stream)
+            stream.epoch, stream.place, text = self._next_text(stream)
             tokens = self._tokenizer.encode_document(text)
             stream.n_tokens = len(tokens)
             if stream.n_tokens:
                 return tokens
+
+    def _next_text(self, stream: _Stream) -> tuple[int, Place, str]:
+        if not stream.waiting:
+            return self._found(stream)
+        epoch, place, kept = stream.waiting.popleft()
+        return epoch, place, self._aside.take(kept)
 
     def _found(self, stream: _Stream) -> tuple[int, Place, str]:
         """The next document of ``stream``; those of others that come before it are put aside."""
@@ -205,12 +214,18 @@ class StreamReader:
     def next_row(self, number: int, into: np.ndarray | None = None) -> StreamRow:
         """The next row of stream ``number``; its tokens are written to ``into``, int32 [T + 1], if that is given."""
         stream = self._state[number]
+        row = np.empty(self._seq_len + 1, dtype=np.int32) if into is None else into
+        before, real = stream.at, len(row)
+        if self._packing == "best_fit":
+            starts, real = self._packed(stream, number, row)
+            return StreamRow(row, starts, stream.at, real, before, self.skipped)
         if not stream.is_open:
             stream.rest, stream.is_open = self._next_document(stream)[stream.begin.skip :], True
-        row = np.empty(self._seq_len + 1, dtype=np.int32) if into is None else into
-        before = stream.at
-        starts = self._fill_padded(stream, row) if self._packing == "padded" else self._fill(stream, row)
-        real = starts[0] if starts and self._packing == "padded" else len(row)
+        if self._packing == "concat":
+            starts = self._fill(stream, row)
+        else:
+            starts = self._fill_padded(stream, row)
+            real = starts[0] if starts else real
         return StreamRow(row, starts, stream.at, real, before, self.skipped)
 
     def _fill(self, stream: _Stream, row: np.ndarray) -> list[int]:
@@ -234,6 +249,52 @@ class StreamReader:
         row[real:] = 0
         stream.go_on(NO_TOKENS)
         return [real] if real < len(row) else []
+
+    def _packed(self, stream: _Stream, number: int, row: np.ndarray) -> tuple[list[int], int]:
+        """The next row of the stream's group, or of the one after it; where documents and the padding begin, and tokens that are real."""
+        if stream.group is None and stream.at.group_rows:
+            self._resume_group(stream)
+        while stream.group is None or stream.group.is_empty:
+            n_rows = rows_after(stream.at.group_rows) if stream.at.group_rows else first_rows(number, self._n_streams)
+            self._next_group(stream, n_rows)
+        ends = stream.group.next_row(row)
+        stream.at = stream.at._replace(skip=stream.group.n_given)
+        return [end for end in ends if end < len(row)], ends[-1]
+
+    def _next_group(self, stream: _Stream, n_rows: int) -> None:
+        """Read documents until their tokens fill ``n_rows`` or the pass ends."""
+        documents: list[np.ndarray] = []
+        n_tokens = 0
+        while n_tokens < n_rows * self._seq_len:
+            epoch, place, text = self._next_text(stream)
+            if n_tokens and epoch != stream.epoch:
+                stream.waiting.appendleft((epoch, place, self._aside.put(text)))
+                break
+            if not n_tokens:  # documents without a token before it are of no group
+                documents.clear()
+                stream.epoch, stream.place = epoch, place
+            documents.append(self._tokenizer.encode_document(text))
+            n_tokens += len(documents[-1])
+        lengths = tuple(map(len, documents))
+        stream.at = Cursor(stream.epoch, stream.place.number, *stream.place.block, group_rows=n_rows, lengths=lengths)
+        stream.group = self._planned(stream.at)
+        for number, tokens in enumerate(documents):
+            stream.group.keep(number, tokens)
+
+    def _resume_group(self, stream: _Stream) -> None:
+        """Read the documents of the group again that the cursor says; those of rows to come are tokenized when their row comes."""
+        stream.group = self._planned(stream.at)
+        for number in range(len(stream.at.lengths)):
+            stream.epoch, stream.place, text = self._next_text(stream)
+            if stream.group.wants(number):
+                stream.group.keep(number, partial(self._tokens_of, self._aside.put(text)))
+
+    def _planned(self, at: Cursor) -> Group:
+        seed = self._shuffle.seed
+        return Group(at.lengths, seq_len=self._seq_len, seed=seed, epoch=at.epoch, first=at.number, n_given=at.skip)
+
+    def _tokens_of(self, kept: str | tuple[int, int]) -> np.ndarray:
+        return self._tokenizer.encode_document(self._aside.take(kept))
 
 
 def stream_windows(rows: Sequence[StreamRow], row_B: np.ndarray, tokens_BS: np.ndarray | None = None) -> Windows:
