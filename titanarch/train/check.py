@@ -10,7 +10,6 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.contract.mixer import BaseMixer
 from titanarch.contract.model import MODELS, Model
 from titanarch.data.layout import RunLayout
-from titanarch.data.sources import MixtureConfig
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
 from titanarch.parallel.check import decide_division, technique_problems
@@ -77,7 +76,7 @@ def kernel_problems(model: Model, device_type: str, *, compiled: bool) -> list[P
 
 
 def check_phases(config: RunConfig) -> None:
-    """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
+    """Indexed rows of several lengths are parts of the longest, so each part has to have something to train on."""
     phases = config.training.run_phases(1)
     shapes = {(phase.seq_len, phase.local_batch_size) for phase in phases.parts}
     if config.compile.enable and len(shapes) > GRAPHS_A_BLOCK:
@@ -85,14 +84,9 @@ def check_phases(config: RunConfig) -> None:
         raise ConfigError(Problem(f"{message}: give phases the same seq_len and local_batch_size, or do not compile", "training.phases"))
     if not phases.changes_length or config.data.mode == "streamed":
         return
-    reasons = {
-        "data.packing": config.data.packing != "concat" and f"'{config.data.packing}' makes rows of one length; use concat",
-        "data.ledger": config.data.ledger and "the ledger counts windows of one length",
-        "data.source": isinstance(config.data.source, MixtureConfig) and "the shares of a mixture are counted in rows of one length",
-    }
-    problems = [Problem(f"{reason}, or give training.phases rows of training.seq_len", key) for key, reason in reasons.items() if reason]
-    if problems:
-        raise ConfigError(*problems)
+    if config.data.packing == "padded":
+        reason = "'padded' fills up what a document leaves of the longest rows, and shorter rows, parts of these, would be padding alone"
+        raise ConfigError(Problem(f"{reason}; use best_fit or concat, or give training.phases rows of training.seq_len", "data.packing"))
 
 
 def _check_schedule(config: RunConfig) -> None:
