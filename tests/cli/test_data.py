@@ -5,6 +5,7 @@ import pytest
 
 from tests.data.common import data_config, loader_of
 from titanarch.cli.main import main
+from titanarch.config.dump import toml_value
 from titanarch.data.cache import open_tokens
 from titanarch.data.config import DataConfig
 from titanarch.data.phases import Phase
@@ -101,14 +102,20 @@ def test_row_by_a_configuration_file(path: Path, source: list[str], capsys: pyte
     assert text == tokenizer.decode(rows.read(2, 1).tokens_BS[0, :-1])
 
 
-@pytest.mark.parametrize("mode", ["indexed", "streamed"])
-def test_rows_of_a_run_of_phases(mode: str, tmp_path: Path, source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("mode", "packing"), [("indexed", "concat"), ("streamed", "concat"), ("indexed", "best_fit")])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_of_a_run_of_phases(
+    mode: str, packing: str, mixed: bool, tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each is the one that the run is fed, of the length of its phase."""
+    alone = {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}
+    both = {"kind": "mixture", "sources": [{"source": alone, "name": name, "weight": n} for name, n in (("a", 1.0), ("b", 0.3))]}
+    source = ["--data.source", toml_value(both if mixed else alone), "--data.tokenizer", "bytes"]
     phases = ["--training.phases", "[{steps = 2, seq_len = 8, global_batch_size = 6}, {steps = 1, seq_len = 16, global_batch_size = 6}]"]
     sizes = ["--training.seq_len", "32", "--training.global_batch_size", "3", "--training.local_batch_size", "3"]
-    config = [*source, *phases, *sizes, "--debug.seed", "5", "--data.mode", mode, "--data.limit_documents", "0"]
-    path = tmp_path / "a.jsonl"
-    table = {"source": {"kind": "jsonl", "paths": [str(path)], "id_key": "id"}, "mode": mode}
+    data = ["--data.mode", mode, "--data.packing", packing, "--data.limit_documents", "0"]
+    config = [*source, *phases, *sizes, "--debug.seed", "5", *data]
+    table = {"source": both if mixed else alone, "mode": mode, "packing": packing}
     earlier = [Phase(8, 6, 3, 2), Phase(16, 6, 3, 1)]
     loader = loader_of(data_config(tmp_path / "cache", **table), rows=3, local=3, rank=0, degree=1, seq_len=32, seed=5, earlier=earlier)
     fed = [(int(batch.row_B[b]), batch.tokens_BT[b]) for batch in (next(loader) for _ in range(8)) for b in range(3)]
@@ -123,9 +130,9 @@ def test_rows_of_a_run_of_phases(mode: str, tmp_path: Path, source: list[str], c
 
 def test_phases_that_the_run_would_refuse(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     phases = ["--training.phases", "[{steps = 4, seq_len = 32, global_batch_size = 8}]", "--training.seq_len", "64"]
-    arguments = ["--config", str(DEBUG_RUN), *source, *phases, "--data.packing", "best_fit", "--row", "0"]
+    arguments = ["--config", str(DEBUG_RUN), *source, *phases, "--data.packing", "padded", "--row", "0"]
     assert main(["data", "inspect", *arguments]) == 2
-    assert "'best_fit' makes rows of one length" in capsys.readouterr().err
+    assert "shorter rows, parts of these, would be padding alone; use best_fit or concat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

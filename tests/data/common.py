@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from titanarch.data.batch import Batch
 from titanarch.data.config import DataConfig
 from titanarch.data.loader import build_loader
-from titanarch.data.phases import Phase
+from titanarch.data.phases import Phase, Phases
 from titanarch.data.row_loader import RowLoader, merge_states
 from titanarch.data.tokenizers import build_tokenizer
 
@@ -57,6 +58,20 @@ def loader_of(
         seed=seed,
         earlier=earlier,
     )
+
+
+def phases_of(*sizes: tuple[int, int, int | None]) -> Phases:
+    """Of (tokens of a row, rows of a step, steps)."""
+    return Phases.of([Phase(seq_len, rows, rows, steps) for seq_len, rows, steps in sizes])
+
+
+def drawn_phases(draw: random.Random, longest: int) -> Phases:
+    """Up to four phases of a few hundred rows in all, some of the longest length; then endless rows of ``longest`` tokens."""
+    sizes: list[tuple[int, int, int | None]] = []
+    for _ in range(draw.randint(1, 4)):
+        n_parts, rows = draw.choice([n for n in range(1, longest) if longest % n == 0]), draw.randint(1, 9)
+        sizes.append((longest // n_parts, rows, n_parts // gcd(n_parts, rows) * draw.randint(1, 6)))
+    return phases_of(*sizes, (longest, draw.randint(1, 5), None))
 
 
 def content(batch: Batch) -> Iterator[tuple[int, bytes]]:

@@ -1,5 +1,6 @@
 """Mixtures: shares after any number of rows, ends of sources, and the same rows in any layout."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.common import content, joined_bytes, loader_of, make_texts, naive_row, run_steps, write_jsonl
+from tests.data.common import content, drawn_phases, joined_bytes, loader_of, make_texts, naive_row, phases_of, run_steps, write_jsonl
 from titanarch.config.errors import ConfigError
 from titanarch.data import mixture
 from titanarch.data.config import DataConfig
 from titanarch.data.fixed import fixed_batches
 from titanarch.data.mixture import MixtureOrder, MixturePlan, Part
+from titanarch.data.phased_mixture import PhasedMixture
+from titanarch.data.phases import Phase, Phases
 from titanarch.data.tokenizers import build_tokenizer
 
 SEQ_LEN = 16
@@ -23,10 +26,10 @@ ENDLESS = 10**9
 TEXTS = {"a": make_texts(30, seed=1), "b": make_texts(12, seed=2), "c": make_texts(20, seed=3, longest=9)}
 
 
-def order_of(*schedules: list[tuple[int, float]], sizes: list[int] | None = None) -> MixtureOrder:
+def order_of(*schedules: list[tuple[int, float]], sizes: list[int] | None = None, phases: Phases | None = None) -> MixtureOrder:
     """An order of endless sources, or of dropped ones with ``sizes`` rows."""
     n_rows = sizes or [ENDLESS] * len(schedules)
-    return MixtureOrder([Part(f"s{i}", tuple(knots), n_rows[i], sizes is not None) for i, knots in enumerate(schedules)])
+    return MixtureOrder([Part(f"s{i}", tuple(knots), n_rows[i], sizes is not None) for i, knots in enumerate(schedules)], phases)
 
 
 def due_of(schedules: list[list[tuple[int, float]]], n: int) -> np.ndarray:
@@ -83,6 +86,10 @@ def test_nothing_left_with_a_weight() -> None:
     order = order_of([(0, 1.0)], [(0, 1.0), (50, 0.0)], sizes=[10, ENDLESS])
     with pytest.raises(ConfigError, match=r"without s0, dropped at row \d+, every weight is 0 at row 50"):
         order.take(60)
+    phases = phases_of((4, 8, 5), (16, 8, None))  # 40 rows of a quarter, so row 24 begins window 6
+    order = order_of([(0, 1.0)], [(0, 1.0), (50, 0.0)], sizes=[4, ENDLESS], phases=phases)
+    with pytest.raises(ConfigError, match=r"without s0, dropped at row 24, every weight is 0 at row 50"):
+        order.take(60)
 
 
 def test_a_plan_is_the_order_from_any_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +112,77 @@ def test_a_plan_is_the_order_from_any_row(monkeypatch: pytest.MonkeyPatch) -> No
         if draw.random() < 0.3:
             plan, begin = MixturePlan(order_of(*schedules, sizes=sizes)), row
             plan.begin_at(state)
+
+
+def drawn_parts(draw: random.Random, n_rows: int) -> list[Part]:
+    """Up to four sources: the first one with a weight that is above 0, some of the others dropped; rows of weights lie below ``n_rows``."""
+    parts = []
+    for i in range(draw.randint(1, 4)):
+        rows = sorted(draw.sample(range(1, n_rows), draw.choice([0, 0, 1, 3])))
+        knots = tuple((row, draw.choice([0.0, 0.3, 1.0, 4.0]) + (i == 0)) for row in [0, *rows])
+        parts.append(Part(f"s{i}", knots, draw.choice([1, 4, 15, 60]), i > 0 and draw.random() < 0.4))
+    return parts
+
+
+Place = tuple[int, int, int, int]
+"""Of a row of a source: the epoch, the place in it, the part and the number of parts."""
+
+
+def rows_of(plan: PhasedMixture, parts: list[Part], first_row: int, n_rows: int) -> list[tuple[int, Place]]:
+    """The source of each row, all of one phase, and its place there."""
+    rows = plan.rows(first_row, n_rows)
+    places: dict[int, list[Place]] = {}
+    for i, part in enumerate(parts):
+        own_N = np.flatnonzero(rows.source_N == i)
+        if len(own_N):
+            spans = plan.spans(i, first_row, int(rows.index_N[own_N[0]]), len(own_N), n_windows=part.n_rows)
+            places[i] = [(*divmod(s.place + k, part.n_rows), s.part, s.n_parts) for s in spans for k in range(s.n_rows)]
+    return [(source, places[source].pop(0)) for source in rows.source_N.tolist()]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_phases_use_every_part_of_every_source_once_in_their_shares(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the phases, weights and ends of sources; and the same rows after going on from any row."""
+    monkeypatch.setattr(mixture, "PLAN_CHUNK", 16)
+    monkeypatch.setattr(mixture, "PLAN_CHUNKS", 2)
+    draw = random.Random(seed)
+    phases = drawn_phases(draw, 12)
+    n_steps = phases.parts[-1].first_step + draw.randint(1, 20)
+    n_rows = phases.rows_before(n_steps)
+    parts = drawn_parts(draw, n_rows)
+
+    def plan_of() -> PhasedMixture:
+        return PhasedMixture(MixturePlan(MixtureOrder(parts, phases)), phases)
+
+    plan, seen, taken = plan_of(), list[tuple[int, Place]](), [plan_of().taken(0)]
+    for step in range(n_steps):
+        seen += rows_of(plan, parts, phases.rows_before(step), phases.at_step(step).global_batch_size)
+        taken.append(plan.taken(len(seen)))
+    for i, part in enumerate(parts):
+        used = [
+            (epoch, place * 12 + number * 12 // n_parts + t)
+            for source, (epoch, place, number, n_parts) in seen
+            if source == i
+            for t in range(12 // n_parts)
+        ]
+        assert sorted(used) == [divmod(t, part.n_rows * 12) for t in range(len(used))], "each token once, none left out"
+        assert [epoch for epoch, _ in used] == sorted(epoch for epoch, _ in used), "an epoch ends before the next begins"
+        assert len(used) <= part.n_rows * 12 or not part.dropped_at_end
+        assert taken[-1][i] == pytest.approx(len(used) / 12)
+    if not any(part.dropped_at_end for part in parts):
+        size_N = np.array([phases.at_row(row).seq_len / 12 for row in range(n_rows)])
+        due = np.cumsum(np.diff(due_of([list(part.knots) for part in parts], n_rows), axis=0) * size_N[:, None], axis=0)
+        row_S = [phases.rows_before(step) for step in range(1, n_steps + 1)]
+        assert np.abs(np.array(taken[1:]) - due[np.array(row_S) - 1]).max() <= 1.01
+    for _ in range(8):
+        step = draw.randrange(n_steps)
+        row, n = phases.rows_before(step), phases.at_step(step).global_batch_size
+        first, some = plan_of(), plan_of()
+        state = plan.state(row)
+        assert state["row"] == phases.windows_before(row if phases.at_row(row).seq_len == 12 else phases.at_row(row).first_row)
+        first.begin_at(json.loads(json.dumps(state)))
+        assert first.taken(row) == pytest.approx(taken[step])
+        assert [rows_of(each, parts, row, n) for each in (first, some)] == [seen[row : row + n]] * 2
 
 
 def windows_of(name: str) -> list[bytes]:
@@ -144,6 +222,61 @@ def test_layouts_restarts_and_workers_change_nothing(packing: str, mixture_of: C
         assert not rows.keys() & part.keys()
         rows |= part
     assert rows == expected
+
+
+@pytest.mark.parametrize(("packing", "seed"), [("concat", 0), ("concat", 1), ("best_fit", 2), ("best_fit", 3)])
+def test_runs_of_phases_go_on_anywhere(packing: str, seed: int, mixture_of: Callable[..., DataConfig]) -> None:
+    """At any step, on other ranks, micro-batches and workers: bitwise the same rows, each once."""
+    parts = {"a": {"schedule": [[0, 0.1], [90, 0.6]]}, "b": {"weight": 0.3}, "c": {"weight": 0.3, "at_end": "drop"}}
+    config = mixture_of(parts, packing=packing)
+    draw = random.Random(seed)
+
+    def run(state: dict[str, Any] | None, steps: int, degree: int, local: int, workers: int) -> tuple[dict[int, bytes], dict[str, Any]]:
+        earlier = [Phase(4, 12, local, 4), Phase(16, 6, local, 1), Phase(8, 6, local, 5)]
+        section = config.model_copy(update={"workers": workers})
+        return run_steps(section, state, steps=steps, rows=ROWS, local=local, degree=degree, earlier=earlier)
+
+    expected, end = run(None, 16, 1, ROWS, 0)
+    assert sorted(expected) == list(range(4 * 12 + 12 * 6))
+    rows: dict[int, bytes] = {}
+    state, left = None, 16
+    while left:
+        steps, (degree, local) = min(left, draw.randint(1, 5)), draw.choice([(1, 2), (2, 3), (2, 1), (3, 2), (3, 1)])
+        part, state = run(state, steps, degree, local, 2 if seed == 2 else 0)
+        assert not rows.keys() & part.keys()
+        rows |= part
+        left -= steps
+    assert (rows, state) == (expected, end)
+
+
+@pytest.mark.parametrize("at_end", ["stop", "drop"])
+def test_a_source_that_ends_in_a_phase_of_shorter_rows(at_end: str, mixture_of: Callable[..., DataConfig]) -> None:
+    """Each part of each of its windows is used once, in windows of the source, and none a second time."""
+    config = mixture_of({"a": {"weight": 0.5}, "b": {"weight": 0.5, "at_end": at_end}})
+    tokens, begins = joined_bytes(TEXTS["b"])
+    n_windows = len(windows_of("b"))
+    loader = loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, earlier=[Phase(4, ROWS, ROWS, 4 * n_windows)])
+    used: list[list[int]] = []
+    while not loader.ended and loader.next_row < 12 * n_windows:
+        batch = next(loader)
+        assert batch.origin_BI is not None
+        for (_, whole), origin in zip(content(batch), batch.origin_BI.tolist(), strict=True):
+            source, epoch, window, part, n_parts = origin
+            if source == 1:
+                assert (epoch, n_parts, whole) == (0, 4, naive_row(tokens, begins, window * SEQ_LEN + part * 4, 4))
+                used.append([window, part])
+    assert len({tuple(each) for each in used}) == len(used), "no part twice"
+    if at_end == "drop":
+        assert not loader.ended
+        assert sorted(used) == [[window, part] for window in range(n_windows) for part in range(4)]
+        assert loader.source_epochs["b"] == 1.0
+        return
+    assert 4 * n_windows - ROWS < len(used) <= 4 * n_windows
+    end = f"the source b has ended: its {n_windows} rows of 16 tokens do not last to row {loader.next_row + ROWS} of the run"
+    assert loader.ended == end
+    assert loader.source_epochs["b"] == len(used) / (4 * n_windows)
+    with pytest.raises(ConfigError, match="the source b has ended"):
+        next(loader)
 
 
 def test_weights_are_shares_of_tokens(mixture_of: Callable[..., DataConfig]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.common import loader_of, make_texts, run_steps, write_jsonl
+from tests.data.common import content, loader_of, make_texts, run_steps, write_jsonl
 from titanarch.data import packing
 from titanarch.data.config import DataConfig
 from titanarch.data.fixed import documents
+from titanarch.data.phases import Phase
 from titanarch.data.tokenizers import build_tokenizer
 
 SEQ_LEN = 24
@@ -56,6 +57,15 @@ def plain_row(pieces: list[list[int]]) -> bytes:
     return b"".join(np.array(values, dtype=np.int64).tobytes() for values in (inputs, labels, positions, numbers))
 
 
+def plain_part(pieces: list[list[int]], first: int, length: int) -> bytes:
+    """Columns ``first`` to ``first + length`` of that row, token by token."""
+    tokens, targets, _, numbers = np.frombuffer(plain_row(pieces), dtype=np.int64).reshape(4, SEQ_LEN)
+    shown = slice(first, first + length)
+    number = numbers[shown] - numbers[first]
+    positions = [column - number.tolist().index(document) for column, document in enumerate(number.tolist())]
+    return b"".join(np.array(values, dtype=np.int64).tobytes() for values in (tokens[shown], targets[shown], positions, number))
+
+
 @pytest.fixture
 def config(tmp_path: Path, config_of: Callable[..., DataConfig]) -> DataConfig:
     return config_of(source={"kind": "jsonl", "paths": [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))]})
@@ -92,6 +102,30 @@ def test_an_epoch_has_the_rows_of_a_plain_loop_once(kind: packing.Packing, confi
         assert Counter(seen[epoch * len(expected) + i] for i in range(len(expected))) == Counter(expected)
     assert loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=SEQ_LEN).rows.n_windows == len(expected)
     assert [seen[i] for i in range(len(expected))] != [seen[len(expected) + i] for i in range(len(expected))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shorter_rows_are_parts_of_those_of_a_plain_loop(workers: int, config: DataConfig) -> None:
+    """The target of a part's last token is the next one of the whole row; positions and documents count from where the part begins."""
+    pieces = plain_pieces(TOKENS)
+    whole = [[pieces[i] for i in row] for row in plain_best_fit([min(len(piece), SEQ_LEN) for piece in pieces], SEQ_LEN)]
+    n_steps = -(-len(whole) // ROWS)
+    earlier = [Phase(SEQ_LEN // 3, ROWS, ROWS, 6), Phase(SEQ_LEN // 2, ROWS, ROWS, 8), Phase(SEQ_LEN // 8, 8 * ROWS, ROWS, n_steps)]
+    config = config.model_copy(update={"packing": "best_fit", "workers": workers})
+    loader = loader_of(config, rows=ROWS, local=ROWS, rank=0, degree=1, seq_len=SEQ_LEN, earlier=earlier)
+    used: list[tuple[int, int, int]] = []
+    while loader.epoch < 2:
+        batch = next(loader)
+        assert batch.origin_BI is not None
+        for (_, found), (_, epoch, window, part, n_parts) in zip(content(batch), batch.origin_BI.tolist(), strict=True):
+            length = SEQ_LEN // n_parts
+            assert found == plain_part(whole[window], part * length, length)
+            used += [(epoch, window, column) for column in range(part * length, (part + 1) * length)]
+    loader.close()
+    assert loader.phase.seq_len == SEQ_LEN
+    assert sorted(used[: 2 * len(whole) * SEQ_LEN]) == [
+        (epoch, window, column) for epoch in range(2) for window in range(len(whole)) for column in range(SEQ_LEN)
+    ]
 
 
 def test_groups_hold_every_target_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.common import data_config, joined_bytes, naive_row, run_steps, write_jsonl
+from tests.data.common import data_config, drawn_phases, joined_bytes, naive_row, phases_of, run_steps, write_jsonl
 from titanarch.config.errors import ConfigError
 from titanarch.data.config import DataConfig
 from titanarch.data.phased_windows import PhasedWindows, problems
 from titanarch.data.phases import Phase, Phases
-
-
-def phases_of(*sizes: tuple[int, int, int | None]) -> Phases:
-    """Of (tokens of a row, rows of a step, steps)."""
-    return Phases.of([Phase(seq_len, rows, rows, steps) for seq_len, rows, steps in sizes])
-
 
 THREE = phases_of((2, 8, 5), (4, 6, 4), (8, 4, None))
 
@@ -46,22 +40,28 @@ def test_the_state_says_how_many_rows_of_each_length() -> None:
     ]
 
 
-@pytest.mark.parametrize("n_windows", [3, 7, 10, 11, 22, 1000])
-def test_every_token_of_an_epoch_is_used_once(n_windows: int) -> None:
+def drawn(seed: int) -> tuple[Phases, int]:
+    """Phases of rows of up to 12 tokens, and windows of an epoch."""
+    draw = random.Random(seed)
+    return drawn_phases(draw, 12), draw.choice([1, 2, 5, 11, 40])
+
+
+@pytest.mark.parametrize(("phases", "n_windows"), [*((THREE, n) for n in (3, 7, 10, 11, 22, 1000)), *map(drawn, range(20))])
+def test_every_token_of_an_epoch_is_used_once(phases: Phases, n_windows: int) -> None:
     """Also where a phase begins inside an epoch, ends inside one, or has several."""
-    windows = PhasedWindows(THREE, n_windows)
-    spans = windows.spans(0, THREE.rows_before(30))
-    assert sum(span.n_rows for span in spans) == THREE.rows_before(30)
+    n_steps = phases.parts[-1].first_step + 21
+    spans = PhasedWindows(phases, n_windows).spans(0, phases.rows_before(n_steps))
+    assert sum(span.n_rows for span in spans) == phases.rows_before(n_steps)
     used: list[tuple[int, int]] = []  # the epoch and the token of each place of the rows
     for span in spans:
         assert span.n_rows > 0
-        length = 8 // span.n_parts
+        length = phases.longest // span.n_parts
         for place in range(span.place, span.place + span.n_rows):
             epoch, window = divmod(place, n_windows)
             assert (span.place + span.n_rows - 1) // n_windows == epoch or span.n_parts == 1
-            used += [(epoch, window * 8 + span.part * length + t) for t in range(length)]
-    assert len(used) == len(set(used)) == THREE.tokens_before(30)
-    assert sorted(used) == [divmod(t, n_windows * 8) for t in range(len(used))], "none is left out"
+            used += [(epoch, window * phases.longest + span.part * length + t) for t in range(length)]
+    assert len(used) == len(set(used)) == phases.tokens_before(n_steps)
+    assert sorted(used) == [divmod(t, n_windows * phases.longest) for t in range(len(used))], "none is left out"
     begins = [epoch for epoch, _ in used]
     assert begins == sorted(begins), "an epoch ends before the next begins"
 
@@ -76,9 +76,11 @@ def test_rows_are_the_same_however_many_are_read(first_row: int) -> None:
 
 
 def test_passes_follow_the_tokens() -> None:
-    windows = PhasedWindows(THREE, 7)
     for step in range(20):
-        assert windows.windows_before(THREE.rows_before(step)) == pytest.approx(THREE.tokens_before(step) / 8)
+        assert THREE.windows_before(THREE.rows_before(step)) == THREE.tokens_before(step) / 8
+    assert [THREE.row_of(window) for window in (0, 9, 10, 11, 21, 22, 23, 500)] == [0, 36, 40, 42, 62, 64, 65, 542]
+    assert THREE.parts_of_window == 4
+    assert phases_of((4, 1, 3), (6, 1, 2), (12, 1, None)).parts_of_window == 6
 
 
 def test_a_run_of_one_length_reads_its_windows_in_order() -> None:

@@ -140,7 +140,5 @@ def test_a_document_that_has_changed(config: DataConfig, monkeypatch: pytest.Mon
     other.load_state_dict(loader.state_dict())
     encode = BytesTokenizer.encode
     monkeypatch.setattr(BytesTokenizer, "encode", lambda self, text: encode(self, text + "!"))
-    with pytest.raises(
-        ConfigError, match=r"has \d+ tokens and had \d+ when the checkpoint was taken: restore the training data"
-    ):
+    with pytest.raises(ConfigError, match=r"has \d+ tokens and had \d+ when the checkpoint was taken: restore the training data"):
         next(other)

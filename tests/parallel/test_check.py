@@ -104,10 +104,15 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--parallelism.expert_parallel_degree", "2"],
         ["[parallelism] expert_parallel_degree", "no expert parallelism", "tensor_parallel_degree the hidden units of each; use 1"],
     ),
-    "short rows, another packing and the ledger": (
+    "short rows of a document each": (
         1,
-        ["--training.phases=[{steps = 4, seq_len = 16, global_batch_size = 8}]", "--data.packing=best_fit", "--data.ledger=true"],
-        ["[data] packing", "'best_fit' makes rows of one length; use concat", "[data] ledger", "windows of one length"],
+        ["--training.phases=[{steps = 4, seq_len = 16, global_batch_size = 8}]", "--data.packing=padded"],
+        ["[data] packing", "'padded' fills up what a document leaves", "use best_fit or concat, or give training.phases rows of"],
+    ),
+    "short rows of groups of a stream": (
+        1,
+        ["--training.phases=[{steps = 4, seq_len = 16, global_batch_size = 8}]", "--data.mode=streamed", "--data.packing=best_fit"],
+        ["[data] packing", "'best_fit' packs a group", "use concat or indexed data, or give training.phases rows of"],
     ),
     "a phase whose rows do not divide": (
         2,

@@ -9,6 +9,8 @@ import pytest
 
 from tests.train.runs import losses, rows, train, train_and_kill, write_config
 from titanarch.checkpoint.marker import MARKER
+from titanarch.data.ledger_check import check_ledger
+from titanarch.data.ledger_files import read_ledger
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +162,15 @@ def test_many_epochs_want_leave(folder: Path) -> None:
 
 
 def test_phases_of_other_lengths_and_batches(folder: Path) -> None:
-    """Rows get longer and batches smaller on the way; neither two processes nor a kill change the losses."""
+    """Rows get longer and batches smaller on the way; neither two processes nor a kill change the losses, or lose a row of a source."""
     phases = "--training.phases=[{steps = 4, seq_len = 8, global_batch_size = 16}, {steps = 3, seq_len = 16, global_batch_size = 8}]"
-    options = (phases, "--training.global_batch_size=6", "--training.steps=12", "--checkpoint.interval=2")
+    texts = {"a": "one text and another, of some words " * 9, "b": "a few lines\n" * 20, "c": "and something else to learn from " * 60}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    parts = [f'{{source = {{kind = "text", paths = ["{folder / name}.txt"]}}, name = "{name}", weight = 1.0}}' for name in texts]
+    data = (f'--data.source={{kind = "mixture", sources = [{", ".join(parts)}]}}', "--data.packing=best_fit", "--data.limit_documents=0")
+    sizes = ("--training.global_batch_size=6", "--training.steps=12", "--checkpoint.interval=2", "--data.allow_repeat=true")
+    options = (phases, *data, *sizes, "--data.ledger=true", "--validation.enable=false", "--evaluation.enable=false")
     train(write_config(folder, "phases", folder / "cache"), *options)
     expected = losses(folder / "phases")
     tokens = [row["tokens"] for row in rows(folder / "phases") if "loss" in row]
@@ -172,3 +180,7 @@ def test_phases_of_other_lengths_and_batches(folder: Path) -> None:
     train_and_kill(killed, folder / "killed in a phase", 5, *options)
     train(killed, *options, n_processes=2)
     assert losses(folder / "killed in a phase") == pytest.approx(expected, rel=1e-5)
+    report = check_ledger(read_ledger(folder / "killed in a phase"))
+    assert (report.problems, report.n_steps, report.n_rows) == ((), 12, 4 * 16 + 3 * 8 + 5 * 6)
+    assert report.passes[0].startswith("a, epoch 0: ")
+    assert any(line.startswith("a, epoch 1: ") for line in report.passes), "a later pass means that all of the one before was used"

@@ -3,13 +3,13 @@
 ``ledger/start-00001/process-00000.jsonl`` is written by one process of one start and only ever appended to. Its first line is a
 header; then comes a line a step, after it was computed, and a line where the run went back to a checkpoint::
 
-    {"ledger": 1, "start": 1, "after_step": 0, "process": 0, "n_processes": 2, "data_rank": 0, ...}
+    {"ledger": 2, "start": 1, "after_step": 0, "process": 0, "n_processes": 2, "data_rank": 0, ...}
     {"step": 1, "made": true, "rows": [[0, 0, 0, 17, 2868947201], ...]}
     {"rolled_back_to": 0}
 
 A row is its number in the run, the numbers of its origin (``Origins``) and the CRC-32 of its tokens and labels. ``made``: whether
 the optimizer made the step. Nothing is ever taken out: a start that goes on after step c supersedes what earlier starts wrote of
-later steps, and a last line that a kill cut off is none. ``ledger_check`` reads it.
+later steps, and a last line that a kill cut off is none. ``ledger_check`` reads it. Headers of version 1 lack ``n_parts``, which was 1.
 """
 
 import json
@@ -26,8 +26,10 @@ from titanarch.data.batch import Batch
 from titanarch.data.errors import data_error
 
 FOLDER = "ledger"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)  # version 1 lacks Origins.n_parts
 INDEXED = ("source", "epoch", "window")
+PARTS = ("part", "n_parts")
 STREAMED = ("epoch", "document", "token", "next_epoch", "next_document", "next_token")
 
 
@@ -36,19 +38,23 @@ class Origins:
     """Where the rows of a loader come from.
 
     ``windows``: of indexed data, how many each source has, by its name; their rows have a source (its place in ``windows``), an
-    epoch and a window. ``n_streams``: of streamed data; row k is of stream k mod n_streams, and has the place (pass, document, token)
-    where the stream stood before it and after it. Of a mixture that is streamed, ``windows`` names the sources, without their windows,
-    and the place is preceded by the source.
+    epoch and a window. Where rows have different lengths, ``n_parts`` is above 1 and a row is one of equal parts of its window; it
+    has then the part's number, from 0, and how many there are, which divides ``n_parts``.
+
+    ``n_streams``: of streamed data; row k is of stream k mod n_streams, and has the place (pass, document, token) where the stream
+    stood before it and after it. Of a mixture that is streamed, ``windows`` names the sources, without their windows, and the place is
+    preceded by the source.
     """
 
     windows: dict[str, int] = field(default_factory=dict)
     n_streams: int = 0
+    n_parts: int = 1
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The numbers of a row's origin."""
         if not self.n_streams:
-            return INDEXED
+            return INDEXED if self.n_parts == 1 else (*INDEXED, *PARTS)
         return ("source", *STREAMED) if self.windows else STREAMED
 
 
@@ -71,7 +77,7 @@ class LedgerHeader:
 
     def to_json(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name != "origins"}
-        return {"ledger": VERSION, **own, "windows": self.origins.windows, "n_streams": self.origins.n_streams}
+        return {"ledger": VERSION, **own, **vars(self.origins)}
 
 
 class Ledger:

@@ -1,4 +1,7 @@
-"""Whether a run used every row once, from its ledger."""
+"""Whether a run used every row once, from its ledger.
+
+Shapes: N rows, I numbers of a row, W windows of a source, U parts of a window.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from titanarch.data.ledger import Origins
 from titanarch.data.ledger_files import Lineage, StepRows
 
 _SHOWN = 10
@@ -54,7 +58,7 @@ def check_ledger(lineage: Lineage) -> LedgerReport:
     elif lineage.origins.n_streams:
         passes = list(found.streams(rows_NI, lineage.origins.n_streams, gaps=gaps))
     else:
-        passes = list(found.windows(rows_NI, lineage.origins.windows, gaps=gaps))
+        passes = list(found.windows(rows_NI, lineage.origins, gaps=gaps))
     return LedgerReport(
         n_starts=len(lineage.starts),
         n_steps=len(steps),
@@ -137,23 +141,27 @@ class _Found:
             ],
         )
 
-    def windows(self, rows_NI: np.ndarray, sizes: dict[str, int], *, gaps: bool) -> Iterator[str]:
-        """Each window of each pass over a source once; all of them where a later pass has begun."""
-        for source, (name, n_windows) in enumerate(sizes.items()):
+    def windows(self, rows_NI: np.ndarray, origins: Origins, *, gaps: bool) -> Iterator[str]:
+        """Each window, or each part of it, of each pass over a source once; all of them where a later pass has begun."""
+        n_U = origins.n_parts
+        is_row_N = _in_data(rows_NI, origins)
+        strange_NI, rows_NI = rows_NI[~is_row_N], rows_NI[is_row_N]
+        self._tell("rows that are not of the data", [f"row {row[0]} ({_origin(row, origins.columns)})" for row in strange_NI])
+        for source, (name, n_windows) in enumerate(origins.windows.items()):
             own_NI = rows_NI[rows_NI[:, 1] == source]
             last = int(own_NI[:, 2].max()) if len(own_NI) else -1
             for epoch in range(last + 1):
-                window_N = own_NI[own_NI[:, 2] == epoch, 3]
-                count_W = np.bincount(window_N, minlength=n_windows)
+                count_WU, rows_W = _uses(own_NI[own_NI[:, 2] == epoch], n_windows, n_U)
                 where = f"{name or 'the data'}, epoch {epoch}"
-                doubled_W = np.flatnonzero(count_W > 1)
-                self.doubled["origin"] += int((count_W[doubled_W] - 1).sum())
-                self._tell(f"{where}: windows used more than once", [str(window) for window in doubled_W])
-                if (epoch < last or len(window_N) >= n_windows) and not gaps:
-                    lost_W = np.flatnonzero(count_W == 0)
-                    self.lost["origin"] += len(lost_W)
-                    self._tell(f"{where}: windows lost", [str(window) for window in lost_W])
-                yield f"{where}: {int((count_W > 0).sum())} of {n_windows} windows"
+                doubled_WU = count_WU > 1
+                self.doubled["origin"] += _n_rows((count_WU - 1) * doubled_WU, rows_W)
+                self._tell(f"{where}: windows used more than once", _named(doubled_WU))
+                if (epoch < last or count_WU.sum() >= count_WU.size) and not gaps:
+                    self.lost["origin"] += _n_rows(count_WU == 0, rows_W)
+                    self._tell(f"{where}: windows lost", _named(count_WU == 0))
+                n_begun, n_whole = int((count_WU > 0).any(axis=1).sum()), int((count_WU > 0).all(axis=1).sum())
+                partly = f" and parts of {n_begun - n_whole} more" if n_begun > n_whole else ""
+                yield f"{where}: {n_whole} of {n_windows} windows{partly}"
 
     def streams(self, rows_NI: np.ndarray, n_streams: int, *, gaps: bool) -> Iterator[str]:
         """Each row of a stream begins where the row before it in the stream ended, and the first at the beginning."""
@@ -170,6 +178,41 @@ class _Found:
         for epoch in np.unique(rows_NI[:, 1]).tolist():
             own_NI = rows_NI[rows_NI[:, 1] == epoch]
             yield f"epoch {epoch}: {len(own_NI)} rows, {len(np.unique(own_NI[:, 2]))} documents begun or gone on with"
+
+
+def _in_data(rows_NI: np.ndarray, origins: Origins) -> np.ndarray:
+    """Whether there is a source, epoch, window and part of these numbers, bool [N]."""
+    source_N, epoch_N, window_N = rows_NI[:, 1:4].T
+    known_N = (source_N >= 0) & (source_N < len(origins.windows))
+    n_windows_N = np.array([*origins.windows.values(), 0])[np.where(known_N, source_N, -1)]
+    in_N = known_N & (epoch_N >= 0) & (window_N >= 0) & (window_N < n_windows_N)
+    if origins.n_parts > 1:
+        part_N, n_parts_N = rows_NI[:, 4:6].T
+        in_N &= (part_N >= 0) & (part_N < n_parts_N) & (origins.n_parts % np.maximum(n_parts_N, 1) == 0)
+    return in_N
+
+
+def _uses(rows_NI: np.ndarray, n_windows: int, n_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each part of each window is used, int64 [W, U], and the rows that the window is cut into, int64 [W]."""
+    window_N = rows_NI[:, 3]
+    part_N, cut_N = rows_NI[:, 4:6].T if n_parts > 1 else (np.zeros_like(window_N), np.ones_like(window_N))
+    size_N = n_parts // cut_N
+    first_N = window_N * n_parts + part_N * size_N
+    edges = np.bincount(first_N, minlength=n_windows * n_parts + 1) - np.bincount(first_N + size_N, minlength=n_windows * n_parts + 1)
+    rows_W = np.ones(n_windows, dtype=np.int64)
+    np.maximum.at(rows_W, window_N, cut_N)
+    return edges.cumsum()[:-1].reshape(n_windows, n_parts), rows_W
+
+
+def _n_rows(count_WU: np.ndarray, rows_W: np.ndarray) -> int:
+    """How many rows of their windows ``count_WU`` uses are, at least one where there are any."""
+    return int((-(-count_WU.sum(axis=1) * rows_W // count_WU.shape[1])).sum())
+
+
+def _named(is_WU: np.ndarray) -> list[str]:
+    """The windows, or their parts, that ``is_WU`` marks."""
+    n_parts = is_WU.shape[1]
+    return [str(window) if n_parts == 1 else f"{window} (part {part} of {n_parts})" for window, part in np.argwhere(is_WU).tolist()]
 
 
 def _origin(row: np.ndarray, columns: Sequence[str]) -> str:

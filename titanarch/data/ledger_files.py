@@ -8,14 +8,14 @@ Shapes: N rows, I numbers of a row: its number in the run, its origin, its check
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from titanarch.data.errors import data_error
-from titanarch.data.ledger import FOLDER, VERSION, LedgerHeader, Origins
+from titanarch.data.ledger import FOLDER, READABLE, VERSION, LedgerHeader, Origins
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,17 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _header(record: Mapping[str, Any], path: Path) -> LedgerHeader:
     version = record.get("ledger")
-    if version != VERSION:
-        message = f"the first line is no header of version {VERSION} of the ledger: its version is {version!r}"
+    if version not in READABLE:
+        message = f"the first line is no header of version {VERSION} of the ledger or an earlier one: its version is {version!r}"
         raise data_error(f"{message}; a newer titanarch reads newer ones", file=path, line=1)
-    own = {name: value for name, value in record.items() if name not in ("ledger", "windows", "n_streams")}
+    of_origins = [each.name for each in fields(Origins)]
+    own = {name: value for name, value in record.items() if name not in ("ledger", *of_origins)}
     try:
-        return LedgerHeader(**own, origins=Origins(record["windows"], record["n_streams"]))
-    except (TypeError, KeyError) as error:
+        n_parts = 1 if version == 1 else int(record["n_parts"])
+        if n_parts < 1:
+            raise ValueError(f"windows of {n_parts} parts")
+        return LedgerHeader(**own, origins=Origins(record["windows"], record["n_streams"], n_parts))
+    except (TypeError, KeyError, ValueError) as error:
         raise data_error(f"the header is damaged: {error}; restore it from a copy", file=path, line=1) from error
 
 

@@ -35,7 +35,7 @@ class IndexedLoader(RowLoader):
 
     @property
     def origins(self) -> Origins:
-        return Origins(windows=self.rows.source_windows)
+        return Origins(windows=self.rows.source_windows, n_parts=self.phases.parts_of_window)
 
     @property
     def source_epochs(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from titanarch.data.config import DataConfig
 from titanarch.data.indexed import IndexedData
 from titanarch.data.mixture import MixtureOrder, MixturePlan, Part, Rows
 from titanarch.data.packing import Packing
+from titanarch.data.phased_mixture import PhasedMixture
 from titanarch.data.phases import Phases
 from titanarch.data.repeats import Passes
 from titanarch.data.rows import IndexedRows, RunRows
@@ -27,11 +28,20 @@ from titanarch.data.tokenizers import Tokenizer
 class MixedRows(RunRows):
     """Row k of a run: the next row of the source that the mixture gives it to, ``data`` being the sources' tokens.
 
-    Raises ConfigError where a source has no row.
+    ``phases`` of shorter rows are as ``PhasedMixture`` has them. Raises ConfigError where a source has no row.
     """
 
-    def __init__(self, config: MixtureConfig, data: Sequence[IndexedData], *, seq_len: int, seed: int, packing: Packing) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: MixtureConfig,
+        data: Sequence[IndexedData],
+        *,
+        seq_len: int,
+        seed: int,
+        packing: Packing,
+        phases: Phases | None = None,
+    ) -> None:
+        self.config, self.seq_len = config, seq_len
         self.sources: list[IndexedRows] = []
         for name, one in zip(config.names, data, strict=True):
             try:
@@ -39,8 +49,11 @@ class MixedRows(RunRows):
             except ConfigError as error:
                 raise ConfigError(*(replace(each, message=f"in the source {name}, {each.message}") for each in error.problems)) from error
         self.fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in self.sources).encode()).hexdigest()
-        self._order = mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources])
-        self._plan = MixturePlan(self._order)
+        self._phases = phases if phases is not None and phases.changes_length else None
+        self._order = mixture_order(config, [(rows.n_windows, rows.tokens_per_row) for rows in self.sources], self._phases)
+        windows = MixturePlan(self._order)
+        self._phased = None if self._phases is None else PhasedMixture(windows, self._phases)
+        self._plan: MixturePlan | PhasedMixture = self._phased or windows
 
     def read(self, first_row: int, n_rows: int) -> Windows:
         return self._read(self._plan.rows(first_row, n_rows), first_row)
@@ -57,12 +70,15 @@ class MixedRows(RunRows):
         sizes = [rows.n_windows for rows in self.sources]
         once = [n if source.at_end != "repeat" else math.inf for n, source in zip(sizes, self.config.sources, strict=True)]
 
+        def due_before(row: int) -> list[float]:
+            return self._order.due(row if self._phases is None else self._phases.windows_before(row))
+
         def lasts(row: int) -> bool:
-            return all(due <= n + 1 for due, n in zip(self._order.due(row), once, strict=True))
+            return all(due <= n + 1 for due, n in zip(due_before(row), once, strict=True))
 
         if not lasts(end_row):  # the run ends where a source does
             end_row = bisect_left(range(end_row), True, key=lambda row: not lasts(row))
-        due = self._order.due(end_row)
+        due = due_before(end_row)
         return [
             Passes(name, n / size, rows.data.n_tokens)
             for name, n, size, rows in zip(self.config.names, due, sizes, self.sources, strict=True)
@@ -73,15 +89,16 @@ class MixedRows(RunRows):
         return int(min(self.source_epochs(row).values()))
 
     def source_epochs(self, row: int) -> dict[str, float]:
-        taken = self._plan.state(row)["taken"]
+        taken = self._plan.taken(row)
         return {name: n / rows.n_windows for name, n, rows in zip(self.config.names, taken, self.sources, strict=True)}
 
     def ended(self, end_row: int) -> str:
         """A source that is to be dropped ends the run where it is the last."""
-        taken = self._plan.state(end_row)["taken"]
+        taken = self._plan.taken(end_row)
         for name, source, n, rows in zip(self.config.names, self.config.sources, taken, self.sources, strict=True):
             if source.at_end != "repeat" and n > rows.n_windows:
-                return f"the source {name} has ended: its {rows.n_windows} rows do not last to row {end_row} of the run"
+                own = f"{rows.n_windows} rows" if self._phases is None else f"{rows.n_windows} rows of {self.seq_len} tokens"
+                return f"the source {name} has ended: its {own} do not last to row {end_row} of the run"
         return ""
 
     def state(self, row: int) -> dict[str, Any]:
@@ -94,11 +111,19 @@ class MixedRows(RunRows):
         """``rows`` of the sources as the rows from ``first_row`` on."""
         places = [np.flatnonzero(rows.source_N == i) for i in range(len(self.sources))]
         read = [
-            (place_N, source.read_as(int(rows.index_N[place_N[0]]), first_row + place_N, source=i))
-            for i, (place_N, source) in enumerate(zip(places, self.sources, strict=True))
+            (place_N, self._read_source(i, int(rows.index_N[place_N[0]]), first_row + place_N))
+            for i, place_N in enumerate(places)
             if len(place_N)
         ]
         return interleaved(read, np.arange(first_row, first_row + len(rows.source_N)))
+
+    def _read_source(self, i: int, first: int, row_B: np.ndarray) -> Windows:
+        """The rows of source ``i`` from ``first`` on, as its plan counts them, under the numbers ``row_B`` of the run."""
+        source = self.sources[i]
+        if self._phased is None:
+            return source.read_as(first, row_B, source=i)
+        spans = self._phased.spans(i, int(row_B[0]), first, len(row_B), n_windows=source.n_windows)
+        return source.read_spans(spans, row_B, source=i)
 
 
 def interleaved(parts: Sequence[tuple[np.ndarray, Windows]], row_B: np.ndarray) -> Windows:
@@ -128,21 +153,22 @@ def _origins(parts: Sequence[tuple[np.ndarray, Windows]], n_rows: int) -> np.nda
     return origin_BI
 
 
-def mixture_order(config: MixtureConfig, sizes: Sequence[tuple[int, float]]) -> MixtureOrder:
+def mixture_order(config: MixtureConfig, sizes: Sequence[tuple[int, float]], phases: Phases | None = None) -> MixtureOrder:
     """The order of sources with ``sizes``: rows of a pass, and tokens of a row that are no padding, on average.
 
-    Weights are shares of tokens, so a source with less of them in a row has more rows.
+    Weights are shares of tokens, so a source with less of them in a row has more rows. ``phases``: as for MixtureOrder.
     """
     parts = [
         Part(name, tuple((row, weight / tokens) for row, weight in source.knots), n_rows, source.at_end == "drop")
         for name, source, (n_rows, tokens) in zip(config.names, config.sources, sizes, strict=True)
     ]
-    return MixtureOrder(parts)
+    return MixtureOrder(parts, phases)
 
 
 def training_rows(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int, phases: Phases | None = None) -> RunRows:
     """The rows of a run on indexed data, of one source or of a mixture; ``phases``: None where all are alike. Raises ConfigError."""
     if isinstance(config.source, MixtureConfig):
-        return MixedRows(config.source, open_mixture(config, tokenizer), seq_len=seq_len, seed=seed, packing=config.packing)
+        mixed = open_mixture(config, tokenizer)
+        return MixedRows(config.source, mixed, seq_len=seq_len, seed=seed, packing=config.packing, phases=phases)
     data = open_tokens(config, "train", tokenizer)
     return IndexedRows(data, seq_len=seq_len, seed=seed, packing=config.packing, phases=phases)

@@ -4,6 +4,9 @@ Source s has the share w_s(x) of the rows at x, and is due W_s(n), the integral 
 may stand from where W_s = j to where W_s = j + 1. Rows are given out earliest deadline first, which meets every deadline since the
 shares add up to 1 (Baruah et al., "Proportionate Progress", Algorithmica 15, 1996). So after any n rows each source is within one row
 of what it is due.
+
+In a run whose phases have rows of different lengths, what is given out is a window of the longest length, and is called a row here
+all the same; ``phased_mixture`` makes shorter rows of them.
 """
 
 import math
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from titanarch.data.errors import data_error
+from titanarch.data.phases import Phases
 from titanarch.data.sources.mixture import weight_at
 
 PLAN_CHUNK = 1024  # rows that are planned at once
@@ -37,7 +41,7 @@ class Part:
 class _Share:
     """The share of one source from a row on: linear between ``rows``, constant after the last."""
 
-    def __init__(self, rows: Sequence[int], shares: Sequence[float]) -> None:
+    def __init__(self, rows: Sequence[float], shares: Sequence[float]) -> None:
         self._rows, self._shares = rows, shares
         self._due = [0.0]
         for i in range(1, len(rows)):
@@ -74,10 +78,14 @@ class MixtureOrder:
 
     Shares are those of the weights, which are normalised at each knot and where a source is dropped, and linear between. A source
     that is dropped leaves its share to the others from that row on. The last one is never dropped.
+
+    ``phases``: of a run with rows of different lengths, None of another. Knots are rows of the run, whatever their length, and the
+    rows given out, ``n_rows``, ``taken`` and the state count windows of the longest length.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], phases: Phases | None = None) -> None:
         self.parts = list(parts)
+        self._phases = phases
         self.row = 0
         self.taken = [0] * len(parts)
         self._active = list(range(len(parts)))
@@ -91,17 +99,26 @@ class MixtureOrder:
 
     def _compute_shares(self) -> None:
         active = [self.parts[i] for i in self._active]
-        rows = [self._since, *sorted({row for part in self.parts for row, _ in part.knots if row > self._since})]
+        since = self._since if self._phases is None else self._phases.row_of(self._since)
+        rows = [since, *sorted({row for part in self.parts for row, _ in part.knots if row > since})]
         sums = [sum(weight_at(part.knots, row) for part in active) for row in rows]
         if not all(sums):
             names = ", ".join(part.name for part in self.parts if part not in active)
-            message = f"without {names}, dropped at row {self._since}, every weight is 0 at row {rows[sums.index(0)]}"
+            message = f"without {names}, dropped at row {since}, every weight is 0 at row {rows[sums.index(0)]}"
             raise data_error(f"{message}: give another source a weight there", key="data.source.sources")
         shares = {i: [weight_at(self.parts[i].knots, row) / total for row, total in zip(rows, sums, strict=True)] for i in self._active}
-        self._shares = {i: _Share(rows, share) for i, share in shares.items()}
+        self._shares = {i: self._share(rows, share) for i, share in shares.items()}
         own = {i: self.taken[i] - self._taken_then[i] for i in self._active}
         self._release = {i: self._shares[i].place(own[i]) for i in self._active}
         self._deadline = {i: self._shares[i].place(own[i] + 1) for i in self._active}
+
+    def _share(self, rows: Sequence[int], shares: Sequence[float]) -> _Share:
+        """``shares`` at ``rows`` of the run; linear in windows between these and the rows where the length changes."""
+        if self._phases is None:
+            return _Share(rows, shares)
+        turns = (phase.first_row for phase in self._phases.parts if phase.first_row > rows[0])
+        knots, all_rows = tuple(zip(rows, shares, strict=True)), sorted({*rows, *turns})
+        return _Share([self._phases.windows_before(row) for row in all_rows], [weight_at(knots, row) for row in all_rows])
 
     def take(self, n_rows: int) -> Rows:
         """The next ``n_rows`` rows."""
@@ -119,9 +136,9 @@ class MixtureOrder:
                 self._deadline[chosen] = self._shares[chosen].place(self.taken[chosen] - self._taken_then[chosen] + 1)
         return Rows(source_N, index_N)
 
-    def due(self, end_row: int) -> list[float]:
+    def due(self, end_row: float) -> list[float]:
         """Rows of each source among the first ``end_row``, to within a row for each source dropped; without taking them one by one."""
-        order = MixtureOrder(self.parts)
+        order = MixtureOrder(self.parts, self._phases)
         while True:
             active = order._active
             left = {i: self.parts[i].n_rows - order._taken_then[i] for i in active if self.parts[i].dropped_at_end}
@@ -131,7 +148,7 @@ class MixtureOrder:
             due = [then + (order._shares[i].due(row) if i in active else 0.0) for i, then in enumerate(order._taken_then)]
             if first is None:
                 return due
-            order.row, order.taken = row, [round(n) for n in due]
+            order.row, order.taken = dropped_at[first], [round(n) for n in due]
             order.taken[first] = self.parts[first].n_rows
             order._begin_phase()
 
@@ -163,6 +180,7 @@ class MixturePlan:
 
     def __init__(self, order: MixtureOrder) -> None:
         self._order = order
+        self.n_sources = len(order.parts)
         self.begin_at(order.state_dict())
 
     def begin_at(self, state: Mapping[str, Any]) -> None:
@@ -191,6 +209,10 @@ class MixturePlan:
             self._go_to(number)
         self._order.take(row - self._order.row)
         return self._order.state_dict()
+
+    def taken(self, row: int) -> list[float]:
+        """Rows of each source among those before ``row``, whole numbers."""
+        return list(self.state(row)["taken"])
 
     def _chunk_of(self, row: int) -> tuple[int, int]:
         assert row >= self._begin, f"row {row} lies before row {self._begin}, where the plan begins"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, lcm
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,22 @@ class Phases:
     def changes_length(self) -> bool:
         """Whether rows of different lengths are in the run."""
         return len({part.seq_len for part in self.parts}) > 1
+
+    def windows_before(self, row: int) -> float:
+        """How many windows of the longest length the rows before ``row`` are, in tokens."""
+        phase = self.at_row(row)
+        return (phase.first_token + (row - phase.first_row) * phase.seq_len) / self.longest
+
+    def row_of(self, window: int) -> int:
+        """The row with which window ``window`` of the longest length begins, where the rows are parts of windows in their order."""
+        token = window * self.longest
+        phase = next(part for part in reversed(self.parts) if part.first_token <= token)
+        return phase.first_row + (token - phase.first_token) // phase.seq_len
+
+    @cached_property
+    def parts_of_window(self) -> int:
+        """In how many equal parts a window of the longest length has to be seen so that each row is some of them."""
+        return lcm(*(self.longest // part.seq_len for part in self.parts))
 
     def state(self, row: int) -> list[list[int]]:
         """[tokens of a row, rows of that length] for each phase that rows before ``row`` are of."""

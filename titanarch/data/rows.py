@@ -4,7 +4,7 @@ Shapes: B rows, T tokens a row, S = T + 1 tokens of a window, W windows, P piece
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from titanarch.data.batch import Windows
 from titanarch.data.indexed import IndexedData
 from titanarch.data.packing import Packing, Plan, plan
 from titanarch.data.permutation import Permutation
-from titanarch.data.phased_windows import PhasedWindows
+from titanarch.data.phased_windows import PhasedWindows, Span
 from titanarch.data.phases import Phases
 from titanarch.data.repeats import Passes
 from titanarch.data.skips import SkipCounts, count
@@ -70,8 +70,8 @@ class IndexedRows(RunRows):
 
     "concat": window w holds tokens w * T to w * T + T of the documents end to end, so the last token of a window, a
     target, is the first of the next. What is left at the end, less than a window, is not trained on. "best_fit" and
-    "padded": window w is row w of the plan of ``packing``. ``phases`` of shorter rows, for "concat" alone, are as
-    ``PhasedWindows`` has them. Raises ConfigError where there is no window.
+    "padded": window w is row w of the plan of ``packing``. ``phases`` of shorter rows, for "concat" and "best_fit", are parts of
+    windows, as ``PhasedWindows`` has them. Raises ConfigError where there is no window.
     """
 
     def __init__(self, data: IndexedData, *, seq_len: int, seed: int, packing: Packing, phases: Phases | None = None) -> None:
@@ -81,8 +81,9 @@ class IndexedRows(RunRows):
         self._seed = seed
         self._plan = None if packing == "concat" else plan(packing, data.starts, seq_len=seq_len)
         self.n_windows = (data.n_tokens - 1) // seq_len if self._plan is None else self._plan.n_rows
-        self._phased = PhasedWindows(phases, self.n_windows) if phases is not None and phases.changes_length else None
-        assert self._phased is None or packing == "concat", "the configuration refuses it"
+        self._phases = phases if phases is not None and phases.changes_length else None
+        self._phased = PhasedWindows(self._phases, self.n_windows) if self._phases is not None else None
+        assert self._phased is None or packing != "padded", "the configuration refuses it"
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         if self.n_windows < 1:
             raise ConfigError(
@@ -114,7 +115,7 @@ class IndexedRows(RunRows):
 
     def windows_before(self, row: int) -> float:
         """How many windows the rows before ``row`` take."""
-        return row if self._phased is None else self._phased.windows_before(row)
+        return row if self._phases is None else self._phases.windows_before(row)
 
     def windows(self, first_place: int, n_places: int) -> np.ndarray:
         """The windows at places ``first_place`` to ``first_place + n_places`` of the run's order, int64 [n_places]."""
@@ -142,10 +143,7 @@ class IndexedRows(RunRows):
     def read_as(self, first_row: int, row_B: np.ndarray, *, source: int = 0) -> Windows:
         """As many rows as ``row_B`` has numbers, from ``first_row`` on, under the numbers ``row_B``; ``source``: which one this is."""
         if self._phased is not None:
-            spans = self._phased.spans(first_row, len(row_B))
-            (n_parts,) = {span.n_parts for span in spans}
-            window_B = np.concatenate([self.windows(span.place, span.n_rows) * n_parts + span.part for span in spans])
-            return read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len // n_parts)
+            return self.read_spans(self._phased.spans(first_row, len(row_B)), row_B, source=source)
         window_B = self.windows(first_row, len(row_B))
         if self._plan is None:
             read = read_windows(self.data, window_B, row_B=row_B, seq_len=self.seq_len)
@@ -153,6 +151,20 @@ class IndexedRows(RunRows):
             read = read_planned(self.data, self._plan, window_B, row_B=row_B, seq_len=self.seq_len)
         epoch_B = np.arange(first_row, first_row + len(row_B)) // self.n_windows
         return read._replace(origin_BI=np.stack([np.full_like(window_B, source), epoch_B, window_B], axis=1))
+
+    def read_spans(self, spans: Sequence[Span], row_B: np.ndarray, *, source: int = 0) -> Windows:
+        """The rows of ``spans``, all of one length, under the numbers ``row_B``; ``source``: which one this is."""
+        (n_parts,) = {span.n_parts for span in spans}
+        place_B = np.concatenate([np.arange(span.place, span.place + span.n_rows) for span in spans])
+        window_B = np.concatenate([self.windows(span.place, span.n_rows) for span in spans])
+        part_B = np.repeat([span.part for span in spans], [span.n_rows for span in spans])
+        seq_len = self.seq_len // n_parts
+        if self._plan is None:
+            read = read_windows(self.data, window_B * n_parts + part_B, row_B=row_B, seq_len=seq_len)
+        else:
+            read = read_planned(self.data, self._plan, window_B, row_B=row_B, seq_len=seq_len, part_B=part_B)
+        origins = [np.full_like(window_B, source), place_B // self.n_windows, window_B, part_B, np.full_like(window_B, n_parts)]
+        return read._replace(origin_BI=np.stack(origins, axis=1))
 
 
 def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:
@@ -172,8 +184,13 @@ def read_windows(data: IndexedData, window_B: np.ndarray, *, row_B: np.ndarray, 
     return Windows(tokens_BS, start_row_E, starts[document_E] - start_B[start_row_E], row_B, real_B if padded else None)
 
 
-def read_planned(data: IndexedData, made: Plan, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int) -> Windows:
-    """The rows ``window_B`` of a plan over ``data`` as the rows numbered ``row_B``, both int64 [B]; token 0 is their padding."""
+def read_planned(
+    data: IndexedData, made: Plan, window_B: np.ndarray, *, row_B: np.ndarray, seq_len: int, part_B: np.ndarray | None = None
+) -> Windows:
+    """The rows ``window_B`` of a plan over ``data`` as the rows numbered ``row_B``, both int64 [B]; token 0 is their padding.
+
+    ``part_B``: which ``seq_len`` tokens of each, counted from 0, and the token after them; None: all, and those are ``seq_len``.
+    """
     first_B = made.first_R[window_B]
     count_B = made.first_R[window_B + 1] - first_B
     row_P = np.repeat(np.arange(len(window_B)), count_B)
@@ -184,8 +201,16 @@ def read_planned(data: IndexedData, made: Plan, window_B: np.ndarray, *, row_B: 
     before_B = end_P[begin_B] - size_P[begin_B]
     column_P = end_P - before_B[row_P]  # of the token after the piece, where another document or the padding begins
     real_B = column_P[begin_B + count_B - 1]
+    start_P = made.start_P[piece_P]
+    if part_B is not None:  # columns count from where the part begins
+        column_P -= part_B[row_P] * seq_len
+        real_B = np.clip(real_B - part_B * seq_len, 0, seq_len + 1)
+        first_P, end_P = np.maximum(column_P - size_P, 0), np.minimum(column_P, seq_len + 1)
+        shown = first_P < end_P
+        row_P, start_P, column_P = row_P[shown], (start_P - (column_P - size_P) + first_P)[shown], end_P[shown]
+        size_P = (end_P - first_P)[shown]
     tokens_BS = np.zeros((len(window_B), seq_len + 1), dtype=data.dtype)
     place_P = row_P * (seq_len + 1) + column_P - size_P
-    data.copy_spans(made.start_P[piece_P], size_P, into=tokens_BS.reshape(-1), place_P=place_P)
+    data.copy_spans(start_P, size_P, into=tokens_BS.reshape(-1), place_P=place_P)
     inside = column_P <= seq_len
     return Windows(tokens_BS, row_P[inside], column_P[inside], row_B, real_B)

@@ -10,7 +10,6 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.contract.mixer import BaseMixer
 from titanarch.contract.model import MODELS, Model
 from titanarch.data.layout import RunLayout
-from titanarch.data.sources import MixtureConfig
 from titanarch.data.tokenizers import build_tokenizer
 from titanarch.evaluate.config import check_splits
 from titanarch.parallel.check import decide_division, technique_problems
@@ -77,22 +76,20 @@ def kernel_problems(model: Model, device_type: str, *, compiled: bool) -> list[P
 
 
 def check_phases(config: RunConfig) -> None:
-    """Rows of several lengths are cut from windows of the longest, so a row must be no more than a place in the corpus."""
+    """Rows of several lengths are parts of the longest or cut from a stream one after the other, so the packing has to allow that."""
     phases = config.training.run_phases(1)
     shapes = {(phase.seq_len, phase.local_batch_size) for phase in phases.parts}
     if config.compile.enable and len(shapes) > GRAPHS_A_BLOCK:
         message = f"{len(shapes)} shapes of micro-batches are more than the {GRAPHS_A_BLOCK} that blocks are compiled for"
         raise ConfigError(Problem(f"{message}: give phases the same seq_len and local_batch_size, or do not compile", "training.phases"))
-    if not phases.changes_length or config.data.mode == "streamed":
-        return
     reasons = {
-        "data.packing": config.data.packing != "concat" and f"'{config.data.packing}' makes rows of one length; use concat",
-        "data.ledger": config.data.ledger and "the ledger counts windows of one length",
-        "data.source": isinstance(config.data.source, MixtureConfig) and "the shares of a mixture are counted in rows of one length",
+        ("indexed", "padded"): "'padded' fills up what a document leaves of the longest rows, and shorter rows, parts of these, would be "
+        "padding alone; use best_fit or concat",
+        ("streamed", "best_fit"): "'best_fit' packs a group of a stream's documents for rows of one length; use concat or indexed data",
     }
-    problems = [Problem(f"{reason}, or give training.phases rows of training.seq_len", key) for key, reason in reasons.items() if reason]
-    if problems:
-        raise ConfigError(*problems)
+    reason = reasons.get((config.data.mode, config.data.packing))
+    if phases.changes_length and reason:
+        raise ConfigError(Problem(f"{reason}, or give training.phases rows of training.seq_len", "data.packing"))
 
 
 def _check_schedule(config: RunConfig) -> None:
