@@ -7,9 +7,10 @@ the next run begins, until there were ``--kills`` kills. Instants are drawn in f
 its start on; after a random step; within 10 ms of the beginning of a save; and within 2 ms of the beginning of a commit, these two found by
 watching the folder. All processes of the run are killed at once. Every start is a fork of a server that has imported the package.
 
-Runs are of three families in turn. "fixed": one process, always alike, so that losses must be bitwise those of the undisturbed run.
-"indexed" and "streamed": every start draws another number of processes, of workers and of rows at once, so the rows of
-every step must be those of the undisturbed run, and losses agree up to the order of sums.
+Runs are of five families in turn. "fixed": one process, always alike, so that losses must be bitwise those of the undisturbed run.
+In the others every start draws another number of processes, of workers and of rows at once, so the rows of every step must be those of
+the undisturbed run, and losses agree up to the order of sums: "indexed" and "streamed" documents end to end, "groups" of a stream's
+documents packed by best fit, and "phases" of shorter rows first, of a mixture of two sources, packed by best fit.
 
 Of each kill are kept: the newest logged step, what was going on as the folder tells afterwards, and whether every committed checkpoint
 verifies. Of each run: what `titanarch data ledger` says, whether every step had the undisturbed run's rows, and the losses.
@@ -45,7 +46,7 @@ from titanarch.testing.processes import context
 
 STEPS = 40
 LONGEST_SECONDS = 120
-FAMILIES = ("fixed", "indexed", "streamed")
+FAMILIES = ("fixed", "indexed", "streamed", "groups", "phases")
 INSTANTS = ("any", "step", "save", "commit")
 
 CONFIG = """
@@ -60,10 +61,8 @@ dropout = 0.1
 channel = {{ kind = "mlp", activation = "gelu" }}
 position = {{ relative = "alibi" }}
 [data]
-source = {{ kind = "jsonl", paths = ["{texts}"] }}
+validation = {{ kind = "jsonl", paths = ["{texts}"] }}
 tokenizer = "bytes"
-mode = "{mode}"
-validation_fraction = 0.1
 cache_dir = "{cache}"
 ledger = true
 [training]
@@ -88,6 +87,35 @@ enable = false
 [debug]
 seed = 7
 """
+
+ONE = """
+[data.source]
+kind = "jsonl"
+paths = ["{texts}"]
+"""
+
+TWO = """
+[[data.source.sources]]
+name = "one"
+weight = 2.0
+source = {{ kind = "jsonl", paths = ["{texts}"] }}
+[[data.source.sources]]
+name = "two"
+weight = 1.0
+source = {{ kind = "jsonl", paths = ["{others}"] }}
+[data.source]
+kind = "mixture"
+"""
+
+SHORTER = "[{steps = 14, seq_len = 16, global_batch_size = 16}]"
+
+TABLES: dict[str, tuple[str, list[str]]] = {
+    "indexed": (ONE, ["--data.mode=indexed"]),
+    "streamed": (ONE, ["--data.mode=streamed"]),
+    "groups": (ONE, ["--data.mode=streamed", "--data.packing=best_fit"]),
+    "phases": (TWO, ["--data.mode=indexed", "--data.packing=best_fit", f"--training.phases={SHORTER}"]),
+}
+"""What the runs of a family have in their configuration and on their command line; "fixed" ones are "indexed"."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +161,9 @@ class Run:
     largest_relative_difference: float = 0.0
 
 
-def write_texts(path: Path) -> None:
+def write_texts(path: Path, *, seed: int = 0) -> None:
     """Documents of about 8,000 bytes together."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     words = ["the", "of", "and", "naïve", "that", "it", "was", "his", "with", "as", "for", "had", "you", "not", "which"]
     texts = (" ".join(draw.choices(words, k=draw.randint(5, 80))) for _ in range(60))
     path.write_text("".join(json.dumps({"text": text, "id": f"d{i}"}) + "\n" for i, text in enumerate(texts)))
@@ -257,8 +285,9 @@ class Campaign:
         self.kills: list[Kill] = []
         self.runs: list[Run] = []
         write_texts(folder / "texts.jsonl")
+        write_texts(folder / "others.jsonl", seed=1)
         self.whole_seconds = 0.0
-        self.undisturbed = {mode: self._undisturbed(mode) for mode in sorted({self._mode(family) for family in families})}
+        self.undisturbed = {kind: self._undisturbed(kind) for kind in sorted({self._kind(family) for family in families})}
 
     def run(self, n_kills: int, instants: Sequence[str] = INSTANTS) -> None:
         """Until there were ``n_kills`` and the last run has ended; instants in turn."""
@@ -266,19 +295,20 @@ class Campaign:
             family = self.families[len(self.runs) % len(self.families)]
             self._run_to_the_end(family, n_kills, instants)
 
-    def _mode(self, family: str) -> str:
-        return "streamed" if family == "streamed" else "indexed"
+    def _kind(self, family: str) -> str:
+        return "indexed" if family == "fixed" else family
 
-    def _config(self, name: str, mode: str) -> Path:
+    def _config(self, name: str, kind: str) -> Path:
         path = self.folder / f"{name}.toml"
-        places = {"folder": self.folder / name, "texts": self.folder / "texts.jsonl", "cache": self.folder / "cache"}
-        path.write_text(CONFIG.format(mode=mode, steps=self.steps, **places))
+        places = {"folder": self.folder / name, "cache": self.folder / "cache"}
+        texts = {name: self.folder / f"{name}.jsonl" for name in ("texts", "others")}
+        path.write_text((CONFIG + TABLES[kind][0]).format(steps=self.steps, **places, **texts))
         return path
 
-    def _undisturbed(self, mode: str) -> Path:
-        name = f"undisturbed_{mode}"
+    def _undisturbed(self, kind: str) -> Path:
+        name = f"undisturbed_{kind}"
         began = time.monotonic()
-        forks = start(self._config(name, mode), Layout(), self.folder / f"{name}.txt")
+        forks = start(self._config(name, kind), Layout(), self.folder / f"{name}.txt", TABLES[kind][1])
         assert not wait_and_kill(forks, lambda: False, 0)
         self._ended(forks, name)
         self.whole_seconds = time.monotonic() - began
@@ -295,12 +325,13 @@ class Campaign:
     def _run_to_the_end(self, family: str, n_kills: int, instants: Sequence[str]) -> None:
         number = len(self.runs)
         name = f"run_{number}_{family}"
-        config, run, folder = self._config(name, self._mode(family)), Run(family), self.folder / name
+        kind = self._kind(family)
+        config, run, folder = self._config(name, kind), Run(family), self.folder / name
         while True:
             layout, before, step_before, began = self._layout(family), unfinished(folder), logged_step(folder), time.monotonic()
             instant = instants[len(self.kills) % len(instants)] if len(self.kills) < n_kills else "none"
             ready, seconds = waiter(instant, folder, self.draw, self.whole_seconds) if instant != "none" else ((lambda: False), 0.0)
-            forks = start(config, layout, self.folder / f"{name}.txt")
+            forks = start(config, layout, self.folder / f"{name}.txt", TABLES[kind][1])
             run.n_starts += 1
             if not wait_and_kill(forks, ready, seconds):
                 break
@@ -328,7 +359,7 @@ class Campaign:
 
     def _finish(self, run: Run, folder: Path) -> None:
         """Compare an ended run with the undisturbed one."""
-        undisturbed = self.undisturbed[self._mode(run.family)]
+        undisturbed = self.undisturbed[self._kind(run.family)]
         ours, theirs = read_ledger(folder), read_ledger(undisturbed)
         report = check_ledger(ours)
         run.n_lost, run.n_doubled, run.problems, run.n_steps_again = (
