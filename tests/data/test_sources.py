@@ -1,6 +1,7 @@
 import gzip
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,26 @@ def test_reading_holds_little_in_memory(suffix: str, tmp_path: Path) -> None:
     tracemalloc.stop()
     assert n_documents == 30 * 2**20 // len(line)
     assert peak_bytes < 8 * 2**20
+
+
+@pytest.mark.parametrize("id_key", ["", "id"])
+def test_the_text_alone_is_that_of_the_document(id_key: str, tmp_path: Path) -> None:
+    """Of good lines, and of bad ones what is wrong with them."""
+    path = tmp_path / "a.jsonl"
+    lines = [
+        '{"text": "naïve\\ud83d\\ude00\\n", "id": 7}', '{"text": "", "id": ""}', '\ufeff{"text": "marked", "id": "b"}', '{"text": "a"}',
+        '{"text": 3, "id": "c"}', '["text"]', "7", '{"txt": "d", "id": "d"}', '{"text": "\\ud800", "id": "e"}', '{"text": "f", "id": "f"} x',
+    ]  # fmt: skip
+    path.write_text("\n".join(lines))
+    source = open_source(kind="jsonl", paths=[str(path)], id_key=id_key)
+
+    def outcome(read: Callable[[Position, bytes], str], record: tuple[Position, bytes]) -> str:
+        try:
+            return read(*record)
+        except ConfigError as error:
+            return f"refused: {error}"
+
+    records = list(source.read(Position()))
+    found = [outcome(source.text, record) for record in records]
+    assert found == [outcome(lambda *record: source.parse(*record).text, record) for record in records]
+    assert [text.startswith("refused") for text in found] == [False, False, True, bool(id_key), *[True] * 6]  # a mark begins a file alone
