@@ -242,7 +242,8 @@ def test_the_text_alone_is_that_of_the_document(id_key: str, tmp_path: Path) -> 
     path = tmp_path / "a.jsonl"
     lines = [
         '{"text": "naïve\\ud83d\\ude00\\n", "id": 7}', '{"text": "", "id": ""}', '\ufeff{"text": "marked", "id": "b"}', '{"text": "a"}',
-        '{"text": 3, "id": "c"}', '["text"]', "7", '{"txt": "d", "id": "d"}', '{"text": "\\ud800", "id": "e"}', '{"text": "f", "id": "f"} x',
+        '{"text": 3, "id": "c"}',
+        '["text"]', "7", '{"txt": "d", "id": "d"}', '{"text": "\\ud800", "id": "e"}', '{"text": "f", "id": "f"} x',
     ]  # fmt: skip
     path.write_text("\n".join(lines))
     source = open_source(kind="jsonl", paths=[str(path)], id_key=id_key)
