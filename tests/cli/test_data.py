@@ -141,6 +141,7 @@ def test_phases_that_the_run_would_refuse(source: list[str], capsys: pytest.Capt
         (["--row", "1"], "--row wants a number from 0, the split train, and a length"),
         (["--row", "1", "--seq-len", "8"], "--row wants the seed"),
         (["--row", "1", "--seq-len", "8", "--data.mode", "streamed"], "or the number of streams by --data.streams"),
+        (["--seq-len", "8", "--data.mode", "streamed", "--data.packing", "best_fit"], "depends on how many there are: give --config, or"),
         (["--data.sourse", "corpus"], "unknown key; did you mean 'source'?"),
         (["--split", "validation"], "holds nothing out"),
     ],
@@ -159,6 +160,13 @@ def test_inspect_counts_what_packing_does(source: list[str], capsys: pytest.Capt
             f"packing {kind}, 60 tokens a row: {rows} rows an epoch, {real / (60 * rows):.2%} real tokens, "
             f"{(real - 20) / (60 * rows):.2%} targets; {cut} documents cut (0.00%), 0 tokens in no row"
         )
+
+
+def test_inspect_counts_groups_of_streams(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 5 documents each, with the place of a row left in every group."""
+    arguments = ["--data.mode", "streamed", "--data.packing", "best_fit", "--data.streams", "4", "--seq-len", "60", "--documents", "0"]
+    assert main(["data", "inspect", *source, *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("packing best_fit, 60 tokens a row: 12 rows an epoch, ")
 
 
 def test_inspect_shows_a_mixture(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

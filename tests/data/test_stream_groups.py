@@ -38,11 +38,11 @@ def loader_from(config: DataConfig) -> RowLoader:
     return loader_of(config, rows=N_STREAMS, local=N_STREAMS, rank=0, degree=1, seq_len=SEQ_LEN)
 
 
-def plain_groups(stream: int) -> list[list[bytes]]:
-    """The rows of each group of two passes of a stream, in no order."""
+def plain_groups(stream: int, *, passes: int = 2) -> list[list[bytes]]:
+    """The rows of each group of a stream, in no order."""
     groups = []
     n_rows = 3 + 3 * stream // N_STREAMS
-    for _ in range(2):
+    for _ in range(passes):
         left = [[*text.encode(), 256] for text in TEXTS[stream::N_STREAMS]]
         while left:
             group: list[list[int]] = []
@@ -124,6 +124,17 @@ def test_rows_are_full_once_groups_are_large(tmp_path: Path, config_of: Callable
         if number >= small + FIRST_ROWS:
             real.append(float((batch.tokens_BT != 0).double().mean()))
     assert np.mean(real) >= 0.995
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_counts_of_a_pass() -> None:
+    lengths = [len(text.encode()) + 1 for text in TEXTS]
+    made = stream_groups.group_counts(np.array(lengths), n_streams=N_STREAMS, seq_len=SEQ_LEN)
+    assert made.rows == sum(len(group) for stream in range(N_STREAMS) for group in plain_groups(stream, passes=1))
+    pieces = plain_pieces([[0] * length for length in lengths])
+    assert made.real == sum(min(len(piece), SEQ_LEN) for piece in pieces)
+    assert made.targets == sum(len(piece) - 1 for piece in pieces)
+    assert (made.places, made.documents, made.unused) == (made.rows * SEQ_LEN, len(TEXTS), 0)
 
 
 def test_sizes_of_groups() -> None:

@@ -36,6 +36,7 @@ from titanarch.data.prepare import prepare
 from titanarch.data.shuffle import Shuffle
 from titanarch.data.sources import MixtureConfig, Split, TokensConfig
 from titanarch.data.split import SplitSource, has_validation, opened_mixture
+from titanarch.data.stream_groups import group_counts
 from titanarch.data.streams import Cursor, StreamReader, stream_windows
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.data.unfinished import resumable
@@ -168,12 +169,12 @@ def _inspect(settings: _Settings, tokenizer: Tokenizer, args: argparse.Namespace
         for name, part, data in zip(source.names, source.sources, open_mixture(settings.data, tokenizer), strict=True):
             weights = ", ".join(f"{weight:g} at row {row:,}" for row, weight in part.knots)
             print(f"{name}: weight {weights}; {part.at_end} at its end")
-            _inspect_documents(data, settings.data.packing, seq_len, args)
+            _inspect_documents(data, settings, seq_len, args)
     else:
-        _inspect_documents(documents(settings.data, args.split, tokenizer), settings.data.packing, seq_len, args)
+        _inspect_documents(documents(settings.data, args.split, tokenizer), settings, seq_len, args)
 
 
-def _inspect_documents(data: IndexedData, packing: Packing, seq_len: int, args: argparse.Namespace) -> None:
+def _inspect_documents(data: IndexedData, settings: _Settings, seq_len: int, args: argparse.Namespace) -> None:
     """Totals, lengths, what packing makes of them where ``seq_len`` is not 0, and the first documents."""
     if args.verify:
         data.verify()
@@ -182,11 +183,21 @@ def _inspect_documents(data: IndexedData, packing: Packing, seq_len: int, args: 
     print(f"{args.split}: {_totals(data)}" + (", checksums right" if args.verify else ""))
     print(f"tokens a document: shortest {low:,}, p10 {p10:,}, median {median:,}, p90 {p90:,}, longest {high:,}")
     if args.split == "train" and seq_len:
-        _print_packing(counts(packing, data.starts, seq_len=seq_len), packing, seq_len)
+        _print_packing(_packed(settings, data.starts, seq_len), settings.data.packing, seq_len)
     if args.documents:
         print(f"{'tokens':>10} {'bytes':>12}  document")
     for document, length in zip(data[: args.documents], lengths.tolist(), strict=False):
         print(f"{length:>10,} {document.n_bytes:>12,}  {document.id}")
+
+
+def _packed(settings: _Settings, starts_D: np.ndarray, seq_len: int) -> PackingCounts:
+    config = settings.data
+    if config.mode == "indexed" or config.packing != "best_fit":
+        return counts(config.packing, starts_D, seq_len=seq_len)
+    n_streams = config.streams or (RunLayout(settings.phases, 0, 1).streams(0, n_workers=0)[0] if settings.phases else 0)
+    if not n_streams:
+        raise ConfigError("what best_fit makes of streams depends on how many there are: give --config, or --data.streams")
+    return group_counts(np.diff(starts_D), n_streams=n_streams, seq_len=seq_len)
 
 
 def _print_packing(made: PackingCounts, packing: Packing, seq_len: int) -> None:

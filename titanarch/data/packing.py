@@ -11,6 +11,7 @@ first, each goes to the row with the smallest space that holds it; of several su
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,6 +52,11 @@ class PackingCounts(NamedTuple):
     documents: int
     cut: int
     unused: int
+
+
+def summed(parts: Sequence[PackingCounts]) -> PackingCounts:
+    """Of all ``parts``, which share no row."""
+    return PackingCounts(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 def plan(packing: Packing, starts_D: np.ndarray, *, seq_len: int) -> Plan:

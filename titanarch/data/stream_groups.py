@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from titanarch.data.errors import data_error
-from titanarch.data.packing import plan
+from titanarch.data.packing import PackingCounts, counts, plan, summed
 from titanarch.data.permutation import Permutation
 
 FIRST_ROWS = 16
@@ -30,6 +30,20 @@ def first_rows(stream: int, n_streams: int) -> int:
 def rows_after(n_rows: int) -> int:
     """How many rows a group is read for that follows one of ``n_rows``."""
     return min(MOST_ROWS, 2 * n_rows)
+
+
+def group_counts(length_D: np.ndarray, *, n_streams: int, seq_len: int) -> PackingCounts:
+    """What becomes of the first pass over documents of these lengths, int64 [D], in the source's order."""
+    parts = []
+    for stream in range(n_streams):
+        ends_D = np.cumsum(length_D[stream::n_streams])
+        first, n_rows = 0, first_rows(stream, n_streams)
+        while first < len(ends_D):
+            before = int(ends_D[first - 1]) if first else 0
+            end = min(len(ends_D), int(ends_D.searchsorted(before + n_rows * seq_len)) + 1)
+            parts.append(counts("best_fit", np.concatenate([[0], ends_D[first:end] - before]), seq_len=seq_len))
+            first, n_rows = end, rows_after(n_rows)
+    return summed(parts)
 
 
 class Group:
