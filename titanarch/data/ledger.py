@@ -42,8 +42,8 @@ class Origins:
     has then the part's number, from 0, and how many there are, which divides ``n_parts``.
 
     ``n_streams``: of streamed data; row k is of stream k mod n_streams, and has the place (pass, document, token) where the stream
-    stood before it and after it. Of a mixture that is streamed, ``windows`` names the sources, without their windows, and the place is
-    preceded by the source.
+    stood before it and after it; by best fit (pass, first document of the group, rows of the group behind). Of a mixture that is
+    streamed, ``windows`` names the sources, without their windows, and the place is preceded by the source.
     """
 
     windows: dict[str, int] = field(default_factory=dict)
