@@ -177,7 +177,8 @@ class _Found:
         self._tell("streams that do not go on where they stood", breaks)
         for epoch in np.unique(rows_NI[:, 1]).tolist():
             own_NI = rows_NI[rows_NI[:, 1] == epoch]
-            yield f"epoch {epoch}: {len(own_NI)} rows, {len(np.unique(own_NI[:, 2]))} documents, or groups packed together, begun or gone on with"
+            n_documents = len(np.unique(own_NI[:, 2]))
+            yield f"epoch {epoch}: {len(own_NI)} rows, {n_documents} documents, or groups packed together, begun or gone on with"
 
 
 def _in_data(rows_NI: np.ndarray, origins: Origins) -> np.ndarray:
