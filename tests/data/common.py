@@ -81,14 +81,25 @@ def content(batch: Batch) -> Iterator[tuple[int, bytes]]:
         yield row, b"".join(tensor[b].numpy().tobytes() for tensor in tensors)
 
 
+def exchange(loaders: Sequence[RowLoader]) -> bool:
+    """What the ranks do before each step: load the merged state where it is wanted; whether it was."""
+    (wanted,) = {loader.wants_merged_state for loader in loaders}
+    if wanted:
+        merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
+        for loader in loaders:
+            loader.load_state_dict(merged)
+    return wanted
+
+
 def run_steps(config: DataConfig, state: dict[str, Any] | None, *, steps: int, rows: int, local: int, degree: int, **options: Any):
     """``steps`` steps on ``degree`` ranks from ``state``: the content of each row by its number, and the merged state."""
     loaders = [loader_of(config, rows=rows, local=local, rank=rank, degree=degree, **options) for rank in range(degree)]
+    for loader in loaders if state is not None else ():
+        loader.load_state_dict(json.loads(json.dumps(state)))
     seen: dict[int, bytes] = {}
-    for loader in loaders:
-        if state is not None:
-            loader.load_state_dict(json.loads(json.dumps(state)))
-        for _ in range(steps):
+    for _ in range(steps):
+        exchange(loaders)
+        for loader in loaders:
             for _ in range(loader.accumulation_steps):
                 for row, whole in content(next(loader)):
                     assert row not in seen, f"row {row} was handed out twice"

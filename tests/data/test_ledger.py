@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.common import data_config, loader_of, make_texts, write_jsonl
+from tests.data.common import data_config, exchange, loader_of, make_texts, write_jsonl
 from titanarch.cli.main import main
 from titanarch.data.config import DataConfig
 from titanarch.data.errors import DataError
@@ -20,7 +20,8 @@ from titanarch.data.row_loader import RowLoader, merge_states
 
 ROWS = 8
 PHASED = "phases"  # a mixture of packed documents through phases of shorter rows
-SHORTER = [(4, 16, 5), (8, 8, 5)]  # tokens of a row, rows of a step, steps of its phases before rows of 16 tokens
+MOVING = "streamed_phases"  # streams that ranks exchange
+SHORTER = [(4, 16, 5), (8, 8, 5)]  # tokens of a row, rows of a step, steps of their phases before rows of 16 tokens
 
 
 def configs(folder: Path) -> dict[str, DataConfig]:
@@ -36,6 +37,7 @@ def configs(folder: Path) -> dict[str, DataConfig]:
         "mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}},
         PHASED: {"source": {"kind": "mixture", "sources": [few, mixed[1]]}, "packing": "best_fit"},
         "streamed_mixture": {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}, "mode": "streamed"},
+        MOVING: {"source": {"kind": "mixture", "sources": [{**mixed[0], "name": "one"}, mixed[1]]}, "mode": "streamed"},
         "streamed": {"source": source, "mode": "streamed"},
         "streamed_best_fit": {"source": source, "mode": "streamed", "packing": "best_fit"},
         "streamed_padded": {"source": source, "mode": "streamed", "packing": "padded", "shuffle_documents": 5, "streams": 16},
@@ -59,12 +61,14 @@ class Run:
         last, step = self.step + (steps or draw.randint(1, 9)), self.step
         while step < last:
             step += 1
+            exchange(loaders)
             for loader, ledger in zip(loaders, ledgers, strict=True):
                 ledger.step(step, [next(loader) for _ in range(loader.accumulation_steps)], made=True)
             if draw.random() < 0.3 or (steps and step == last):
                 self.step, self.state = step, merge_states([loader.state_dict() for loader in loaders])
         if not steps:
             alive = draw.randint(0, degree - 1)
+            exchange(loaders)
             for rank, (loader, ledger) in enumerate(zip(loaders, ledgers, strict=True)):
                 if rank < alive:
                     ledger.step(step + 1, [next(loader) for _ in range(loader.accumulation_steps)], made=True)
@@ -97,10 +101,10 @@ def report_of(folder: Path) -> LedgerReport:
 STREAMED = ["streamed", "streamed_best_fit", "streamed_padded", "streamed_mixture"]
 
 
-@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", PHASED, *STREAMED])
+@pytest.mark.parametrize("name", ["indexed", "best_fit", "mixture", PHASED, MOVING, *STREAMED])
 def test_every_row_once_over_kills_and_resizes(tmp_path: Path, name: str) -> None:
     draw = random.Random(name)
-    run = Run(tmp_path, configs(tmp_path)[name], SHORTER if name == PHASED else ())
+    run = Run(tmp_path, configs(tmp_path)[name], SHORTER if name in (PHASED, MOVING) else ())
     while run.number < 12 or run.step < 30:
         run.start(draw)
     run.start(draw, workers=2 if name in ("indexed", "streamed", "streamed_mixture") else 0, steps=3)
@@ -120,7 +124,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of two starts, the second of which goes on after the first."""
     folders = {}
     for name, config in configs(tmp_path_factory.mktemp("data")).items():
-        run = Run(tmp_path_factory.mktemp(name), config, SHORTER if name == PHASED else ())
+        run = Run(tmp_path_factory.mktemp(name), config, SHORTER if name in (PHASED, MOVING) else ())
         for steps in (12, 12):
             run.start(random.Random(1), steps=steps)
         folders[name] = run.folder

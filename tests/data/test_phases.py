@@ -136,19 +136,13 @@ def test_rows_of_phases_are_windows_of_the_corpus(configs: dict[str, DataConfig]
 
 @pytest.mark.parametrize("mode", ["indexed", "streamed"])
 def test_a_run_of_phases_goes_on_anywhere(configs: dict[str, DataConfig], mode: str) -> None:
-    """Inside a phase, where one begins, with workers, with other micro-batches; indexed rows on two ranks, too."""
+    """Inside a phase, where one begins, with workers, with other micro-batches, on two ranks."""
     whole, end = of_steps(configs[mode], None, 9)
     for steps in (1, 4, 5, 6):
         begun, state = of_steps(configs[f"{mode} workers" if mode == "streamed" else "workers"], None, steps)
-        layout = {"degree": 2, "local": 3} if mode == "indexed" else {"local": 2, "first": 6}
-        rest, last = of_steps(configs[mode], state, 9 - steps, **layout)
+        rest, last = of_steps(configs[mode], state, 9 - steps, degree=2, local=6)
         assert begun | rest == whole, f"resumed after step {steps}"
         assert last == end
-
-
-def test_streams_do_not_move_between_ranks(configs: dict[str, DataConfig]) -> None:
-    with pytest.raises(ConfigError, match="would move between the 2 data-parallel ranks where the batch changes"):
-        of_steps(configs["streamed"], None, 1, degree=2, local=6)
 
 
 def test_a_state_of_other_phases_is_refused(configs: dict[str, DataConfig]) -> None:

@@ -84,18 +84,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def environments(n_processes: int) -> list[dict[str, str]]:
+    """One for each of the processes of a run."""
+    shared = environment()
+    if n_processes == 1:
+        return [shared]
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_processes)}
+    own = {"LOCAL_WORLD_SIZE": str(n_processes)}
+    return [shared | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_processes)]
+
+
 def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Train to the end; fails with the output where the exit status is another.
 
     Several processes find each other by what a launcher would tell them; what launchers themselves do, tests/test_launcher.py tries.
     """
-    arguments, shared = arguments_of(config, *overrides), environment()
-    lives = [(arguments, shared)]
-    if n_processes > 1:
-        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_processes)}
-        own = {"LOCAL_WORLD_SIZE": str(n_processes)}
-        lives = [(arguments, shared | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n_processes)]
-    ends = run_forks(lives)
+    arguments = arguments_of(config, *overrides)
+    ends = run_forks([(arguments, variables) for variables in environments(n_processes)])
     found = next((end.returncode for end in ends if end.returncode), 0)
     out, err = "".join(end.stdout for end in ends), "".join(end.stderr for end in ends)
     assert found == status, f"exit status {found}\n{out[-3000:]}\n{err[-6000:]}"
@@ -144,19 +149,21 @@ def _live(arguments: list[str], variables: dict[str, str], output: tuple[Path, P
     sys.exit(main(arguments))
 
 
-def train_and_kill(config: Path, folder: Path, after_step: int, *overrides: str) -> None:
-    """Train, and kill -9 once the row of ``after_step`` is written."""
+def train_and_kill(config: Path, folder: Path, after_step: int, *overrides: str, n_processes: int = 1) -> None:
+    """Train, and kill -9 all processes once the row of ``after_step`` is written."""
     nowhere = Path(os.devnull)
-    process = start(arguments_of(config, *overrides), environment(), (nowhere, nowhere))
-    assert process.pid is not None
+    processes = [start(arguments_of(config, *overrides), variables, (nowhere, nowhere)) for variables in environments(n_processes)]
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.is_alive():
+    while time.monotonic() < deadline and all(process.is_alive() for process in processes):
         if any(row["step"] >= after_step for row in rows(folder)):
             break
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
+    for process in processes:
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

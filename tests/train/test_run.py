@@ -184,3 +184,27 @@ def test_phases_of_other_lengths_and_batches(folder: Path) -> None:
     assert (report.problems, report.n_steps, report.n_rows) == ((), 12, 4 * 16 + 3 * 8 + 5 * 6)
     assert report.passes[0].startswith("a, epoch 0: ")
     assert any(line.startswith("a, epoch 1: ") for line in report.passes), "a later pass means that all of the one before was used"
+
+
+def test_streams_move_between_processes_where_the_batch_changes(folder: Path) -> None:
+    """One process, and two that are killed and go on: bitwise the same rows at each step, of streams that both have in turn."""
+    phases = "[{steps = 4, seq_len = 8, global_batch_size = 4}, {steps = 3, seq_len = 16, global_batch_size = 12}]"
+    draw, sources = random.Random(3), []
+    for name in ("stopping", "dropped"):
+        texts = [" ".join(draw.choices(["one", "two", "three", "four"], k=draw.randint(2, 40))) for _ in range(200)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        source = f'{{kind = "jsonl", paths = ["{folder}/{name}.jsonl"]}}'
+        sources.append(f'{{source = {source}, name = "{name}", weight = 1, at_end = "{"stop" if name == "stopping" else "drop"}"}}')
+    options = [f"--training.phases={phases}", "--training.global_batch_size=8", "--training.steps=11", "--checkpoint.interval=2"]
+    options += [f'--data.source={{kind = "mixture", sources = [{", ".join(sources)}]}}', "--data.mode=streamed", "--data.ledger=true"]
+    options += ["--data.limit_documents=0", "--validation.enable=false", "--evaluation.enable=false"]
+    train(write_config(folder, "one has all streams", folder / "cache"), *options)
+    two = write_config(folder, "two move streams", folder / "cache")
+    train_and_kill(two, folder / "two move streams", 5, *options, n_processes=2)
+    train(two, *options, n_processes=2)
+    one, other = (read_ledger(folder / name) for name in ("one has all streams", "two move streams"))
+    assert sorted(one.steps) == sorted(other.steps) == list(range(1, 12))
+    for step, rows_of_step in one.steps.items():
+        assert rows_of_step.rows_NI.tolist() == other.steps[step].rows_NI.tolist(), f"step {step}"
+    assert (check_ledger(other).problems, len(other.starts)) == ((), 2)
+    assert losses(folder / "two move streams") == pytest.approx(losses(folder / "one has all streams"), rel=1e-5)

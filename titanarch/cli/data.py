@@ -233,7 +233,7 @@ def _streamed_row(config: DataConfig, tokenizer: Tokenizer, phases: Phases, row:
     """Row ``row`` of streams, read up to there through the phases before."""
     mixture = config.source if isinstance(config.source, MixtureConfig) else None
     sources = opened_mixture(config, lambda alone: SplitSource(alone, "train")) if mixture else [SplitSource(config, "train")]
-    n_streams, _ = RunLayout(phases, 0, 1).streams(config.streams, n_workers=0)
+    n_streams = RunLayout(phases, 0, 1).n_streams(config.streams, n_workers=0)
     stream, cursor, rows = row % n_streams, (Cursor(),) * len(sources), list[Any]()
     ends = [phase.first_row for phase in phases.parts[1:]]
     for phase, end in zip(phases.parts, [*ends, row + 1], strict=True):

@@ -1,8 +1,13 @@
-"""Which rows of the run each data-parallel rank takes at each step."""
+"""Which rows of the run each data-parallel rank takes at each step.
+
+Shapes: S streams.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
+
+import numpy as np
 
 from titanarch.config.errors import ConfigError, Problem
 from titanarch.data.phases import Phases
@@ -51,6 +56,11 @@ class RowLayout:
         firsts = [self.first_row(step, m) for step in range(steps) for m in range(self.accumulation_steps)]
         return [(first + i) % n_streams for first in firsts for i in range(self.local_batch_size)]
 
+    def owners(self, n_streams: int) -> np.ndarray:
+        """The rank of each of ``n_streams`` streams, a multiple of G of them, int64 [S]."""
+        place_S = (np.arange(n_streams) - self.first_row_of_step_0) % self.global_batch_size
+        return place_S // self.local_batch_size % self.dp_degree
+
 
 @dataclass(frozen=True)
 class RunLayout:
@@ -80,24 +90,24 @@ class RunLayout:
         """That of the phase of a step."""
         return self._layouts[self.phases.parts.index(self.phases.at_step(step))]
 
-    def streams(self, wanted: int, *, n_workers: int) -> tuple[int, list[int]]:
-        """The number R of streams, which is ``wanted`` or for 0 the least there can be, and those of this rank, in ascending order.
+    def n_streams(self, wanted: int, *, n_workers: int) -> int:
+        """The number R of streams: ``wanted``, or for 0 the least there can be.
 
-        Raises ConfigError where R is no multiple of the global batch of every phase, a stream would move to another rank where
-        the batch changes, or there are more workers than streams of the rank.
+        Raises ConfigError where R is no multiple of the global batch of every phase, or there are more workers than streams of a rank,
+        which are as many in each phase.
         """
         batches = [layout.global_batch_size for layout in self._layouts]
         n_streams = wanted or lcm(*batches)
         for rows in (rows for rows in batches if n_streams % rows):
             message = f"{n_streams} streams are no multiple of the {rows} rows of a global batch"
             raise ConfigError(Problem(f"{message}: give a multiple, or 0 for as many", "data.streams"))
-        owned = {tuple(sorted(layout.streams(n_streams))) for layout in self._layouts}
-        if len(owned) > 1:
-            message = f"the rows of streams would move between the {self.dp_degree} data-parallel ranks where the batch changes"
-            remedy = "give all phases the same global_batch_size and local_batch_size, or use indexed data"
-            raise ConfigError(Problem(f"{message}: {remedy}", "training.phases"))
-        own = list(owned.pop())
-        if n_workers > len(own):
-            message = f"{n_workers} workers are more than the {len(own)} streams of a rank: give at most as many"
+        own = n_streams // self.dp_degree
+        if n_workers > own:
+            message = f"{n_workers} workers are more than the {own} streams of a rank: give at most as many"
             raise ConfigError(Problem(message, "data.workers"))
-        return n_streams, own
+        return n_streams
+
+    def streams_move(self, step: int, n_streams: int) -> bool:
+        """Whether a stream is another rank's at ``step``, above 0, than at the step before. Alike on all ranks."""
+        before, now = self.at_step(step - 1), self.at_step(step)
+        return before is not now and bool((before.owners(n_streams) != now.owners(n_streams)).any())

@@ -18,7 +18,8 @@ class RowLoader(ABC, Iterator[Batch]):
 
     ``state_dict`` counts what was handed out, whatever workers have prepared beyond that. It holds JSON values only,
     names no rank, worker or micro-batch size, and is taken between steps. ``merge_states`` joins those of all ranks
-    into one that any layout loads.
+    into one that any layout loads. Where streams move between ranks as a phase begins, ``wants_merged_state`` is true until each rank
+    has loaded that, and no row is given before.
     """
 
     def __init__(self, layouts: RunLayout, *, fingerprint: str, start_row: int) -> None:
@@ -75,6 +76,11 @@ class RowLoader(ABC, Iterator[Batch]):
         return SkipCounts()
 
     @property
+    def wants_merged_state(self) -> bool:
+        """Whether the merged state of all ranks has to be loaded before the next step. Asked for between steps; alike on all ranks."""
+        return False
+
+    @property
     def ended(self) -> str:
         """Why the step that comes next cannot be had, as far as this rank knows; empty where it can. Asked for between steps."""
         return ""
@@ -93,8 +99,12 @@ class RowLoader(ABC, Iterator[Batch]):
             before = self.phase
             self._step, self._micro_batch = self._step + 1, 0
             if self.phase is not before:
-                self.close()
+                self._begin_phase()
         return batch
+
+    def _begin_phase(self) -> None:
+        """The step that comes next is the first of its phase."""
+        self.close()
 
     @abstractmethod
     def _load(self, first_row: int) -> Batch:
@@ -113,6 +123,12 @@ class RowLoader(ABC, Iterator[Batch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises DataError where it belongs to other data or another row length."""
+        step = self._step_of(state)
+        self.close()
+        self._step, self._micro_batch = step, 0
+
+    def _step_of(self, state: Mapping[str, Any]) -> int:
+        """The step that comes next where ``state`` was taken; raises what ``load_state_dict`` does, and changes nothing."""
         if state["data"] != self._fingerprint:
             raise data_error("the training data have changed since the checkpoint: restore them, or start another run", key="data")
         row = sum(rows for _, rows in state["phases"])
@@ -121,8 +137,7 @@ class RowLoader(ABC, Iterator[Batch]):
             seen = " and ".join(f"{rows} rows of {length} tokens" for length, rows in state["phases"])
             message = f"the checkpoint stands after {seen}; from row {phase.first_row} on the run has {phase.global_batch_size} rows"
             raise data_error(f"{message} of {phase.seq_len} tokens a step", key="training.seq_len")
-        self.close()
-        self._step, self._micro_batch = self.phases.step_of(row), 0
+        return self.phases.step_of(row)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

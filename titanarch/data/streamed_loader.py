@@ -29,8 +29,8 @@ from titanarch.data.workers import StreamWorkers
 class StreamedLoader(RowLoader):
     """Rows of R streams, tokenized on the fly: row k is the next row of stream k mod R.
 
-    The state holds the cursor of every stream of this rank. Raises ConfigError as ``RunLayout.streams`` does, and when the
-    fifth epoch begins unless ``data.allow_repeat``.
+    The state holds the cursor of every stream of this rank. Raises ConfigError as ``RunLayout.n_streams`` does, and when the
+    fifth epoch begins unless ``data.allow_repeat``; RuntimeError where a step is asked for while ``wants_merged_state``.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class StreamedLoader(RowLoader):
         super().__init__(layouts, fingerprint=source.content_name(tokenizer), start_row=0)
         self._source, self._tokenizer = source, tokenizer
         self._packing, self._shuffle = config.packing, Shuffle(config.shuffle_documents, seed)
-        self.n_streams, self._streams = layouts.streams(config.streams, n_workers=config.workers)
+        self.n_streams = layouts.n_streams(config.streams, n_workers=config.workers)
         self._n_workers, self._allow_repeat = config.workers, config.allow_repeat
         self._cursors = {stream: Cursor() for stream in self._streams}
+        self._streams_moved = False  # whether cursors here are of other streams than the next step's
         self._rows: StreamReader | MixedStreamReader | StreamWorkers | None = None
         self._skipped = SkipCounts()
 
@@ -54,6 +55,15 @@ class StreamedLoader(RowLoader):
     @property
     def skipped(self) -> SkipCounts:
         return self._skipped
+
+    @property
+    def wants_merged_state(self) -> bool:
+        return self._streams_moved
+
+    @property
+    def _streams(self) -> list[int]:
+        """Of this rank in the phase of the step that comes next or is under way, in ascending order."""
+        return sorted(self.layout.streams(self.n_streams))
 
     @property
     def origins(self) -> Origins:
@@ -69,6 +79,10 @@ class StreamedLoader(RowLoader):
     def _begin(self, first_row: int) -> None:
         """Open the streams from ``first_row`` on, unless they are open."""
         if self._rows is None:
+            if self._streams_moved:
+                message = f"from row {self.next_row} on, where the batch changes, the ranks have other streams than before"
+                remedy = "join the state_dict() of the loaders of all ranks by merge_states, and load that into each by load_state_dict"
+                raise RuntimeError(f"{message}: {remedy}")
             reader = self._open(first_row)
             self._rows = StreamWorkers(reader, self._n_workers) if self._n_workers else reader
 
@@ -102,6 +116,10 @@ class StreamedLoader(RowLoader):
             shuffle=self._shuffle,
         )
 
+    def _begin_phase(self) -> None:
+        super()._begin_phase()
+        self._streams_moved = self.layouts.streams_move(self._step, self.n_streams)
+
     def close(self) -> None:
         if isinstance(self._rows, StreamWorkers):
             self._rows.close()
@@ -124,17 +142,23 @@ class StreamedLoader(RowLoader):
         return [self._source]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._restore_cursors(state["cursors"])
+        self._streams_moved = False
+
+    def _step_of(self, state: Mapping[str, Any]) -> int:
         if state.get("streams") != self.n_streams:
             message = f"the checkpoint has {state.get('streams')} streams, the run {self.n_streams}: set data.streams to the checkpoint's"
             raise data_error(message, key="data.streams")
-        missing = [stream for stream in self._streams if str(stream) not in state["cursors"]]
+        step = super()._step_of(state)
+        own = sorted(self.layouts.at_step(step).streams(self.n_streams))
+        missing = [stream for stream in own if str(stream) not in state["cursors"]]
         if missing:
             raise ValueError(f"the state lacks streams {missing[:5]} and so was not merged from all ranks")
-        super().load_state_dict(state)
         if state.get("samples", self._samples) != self._samples:  # states of older runs have none
             message = "a file of the training data was replaced since the checkpoint by one of the same name and size"
             raise data_error(f"{message}: restore it, or start another run", key="data.source")
-        self._restore_cursors(state["cursors"])
+        return step
 
 
 class MixedStreamLoader(StreamedLoader):

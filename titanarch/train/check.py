@@ -38,7 +38,7 @@ def check_run(config: RunConfig, *, world_size: int, device_type: str) -> None:
         n = degrees.data_parallel
         layouts = collect(RunLayout, config.training.run_phases(n), 0, n)
         if layouts is not None and config.data.mode == "streamed":
-            collect(layouts.streams, config.data.streams, n_workers=config.data.workers)
+            collect(layouts.n_streams, config.data.streams, n_workers=config.data.workers)
     collect(check_sinks, config.metrics)
     collect(check_profiling, config.profiling, device_type=device_type)
     collect(check_splits, config.data, validation=config.validation, evaluation=config.evaluation)

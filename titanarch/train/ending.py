@@ -1,17 +1,17 @@
 """Whether a run makes another step: until its budget is spent, it was told to end, or its data do not last for one."""
 
-from titanarch.data.row_loader import RowLoader
 from titanarch.train.budget import Budget
 from titanarch.train.metrics.meter import StepMeter
+from titanarch.train.progress import DataState
 from titanarch.train.stopping import Stopping
 
 
 class Ending:
     """What ends the loop, alike on all processes."""
 
-    def __init__(self, budget: Budget, stopping: Stopping, loader: RowLoader, meter: StepMeter) -> None:
+    def __init__(self, budget: Budget, stopping: Stopping, data: DataState, meter: StepMeter) -> None:
         """``meter`` counts the wait for rows."""
-        self._budget, self._stopping, self._loader, self._meter = budget, stopping, loader, meter
+        self._budget, self._stopping, self._data, self._meter = budget, stopping, data, meter
         self.data_ended = ""
         """Why the data do not last for the next step; empty where they do, or where none is made anyway."""
 
@@ -22,6 +22,7 @@ class Ending:
 
     def look_ahead(self) -> None:
         """Find out whether the next step can be had; before the first one, and after each once ``Stopping`` has agreed. Collective."""
-        if not self.is_here:
-            with self._meter.waiting():
-                self.data_ended = self._loader.ended_for_all(self._stopping.least)
+        with self._meter.waiting():
+            self._data.exchange()
+            if not self.is_here:
+                self.data_ended = self._data.loader.ended_for_all(self._stopping.least)

@@ -54,3 +54,14 @@ class DataState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
+
+    def exchange(self) -> None:
+        """Go on from the state of all where a phase gives this rank other streams with the next step. Collective there, else nothing."""
+        if self.loader.wants_merged_state:
+            self.load_state_dict(self.state_dict())
+
+    def pass_rows(self, next_row: int) -> None:
+        """Leave out the rows before ``next_row``. Collective where they begin such a phase."""
+        while self.loader.next_row < next_row:
+            self.exchange()
+            next(self.loader)

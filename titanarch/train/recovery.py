@@ -9,11 +9,11 @@ from titanarch.checkpoint.loading import State
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.store import load
 from titanarch.data.batch import Batch
-from titanarch.data.row_loader import RowLoader
 from titanarch.data.tokenizers import Tokenizer
 from titanarch.train.bad_reports import BadStepReports, StepRows
 from titanarch.train.guard import MOST_UNCHECKED_STEPS, BadGradientsConfig, BadStep
 from titanarch.train.metrics.log import MetricLog
+from titanarch.train.progress import DataState
 from titanarch.train.step import TrainStep
 
 
@@ -25,7 +25,7 @@ class Recovery:
         config: BadGradientsConfig,
         train_step: TrainStep,
         *,
-        loader: RowLoader,
+        data: DataState,
         tokenizer: Tokenizer,
         log: MetricLog,
         processes: Processes,
@@ -34,7 +34,7 @@ class Recovery:
         verify: Verification,
     ) -> None:
         """``processes``: the training thread's. ``folder``: of the run. ``checkpoints``: where they lie; ``verify``: see [checkpoint]."""
-        self._config, self._guard, self._loader, self._log = config, train_step.guard, loader, log
+        self._config, self._guard, self._data, self._log = config, train_step.guard, data, log
         self._processes, self._checkpoints, self._verify = processes, checkpoints, verify
         self._reports = BadStepReports(folder, train_step, tokenizer, processes)
         self._recent: deque[StepRows] = deque(maxlen=MOST_UNCHECKED_STEPS + 1)
@@ -78,17 +78,12 @@ class Recovery:
 
         The count of roll-backs is that of the run. ``wait``: returns when pending checkpoints are committed.
         """
-        n_roll_backs, next_row = self._guard.roll_backs, self._loader.next_row
+        n_roll_backs, next_row = self._guard.roll_backs, self._data.loader.next_row
         wait()
         loaded = load(self._checkpoints, state, step=self.good_step, how=self._verify, processes=self._processes)
         assert loaded is not None, "a chosen step is there, or raises"
         self._guard.roll_backs = n_roll_backs
-        self.pass_rows(next_row)
-
-    def pass_rows(self, next_row: int) -> None:
-        """Leave out the rows before ``next_row``."""
-        while self._loader.next_row < next_row:
-            next(self._loader)
+        self._data.pass_rows(next_row)
 
     def rolled_back(self, bad: BadStep, *, step: int, tokens: int) -> None:
         """Log that the run went back from ``bad`` and goes on with ``step``; the rows of later steps are set aside by now."""

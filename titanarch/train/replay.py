@@ -77,7 +77,7 @@ def replay(
     try:
         start = _load(trainer, location, step)
         if not rolled_back:
-            trainer.recovery.pass_rows(_first_row_after_roll_back(folder, start, step))
+            trainer.data.pass_rows(_first_row_after_roll_back(folder, start, step))
         losses = _steps_before(trainer, step, processes)
         batches = _draw(trainer)
         for name, parameter in trainer.model.named_parameters():

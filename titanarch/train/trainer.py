@@ -93,11 +93,12 @@ class Trainer:
         self.schedule = build_schedule(config.lr_scheduler, self.budget)
         self.log = MetricLog(config.metrics, is_main=processes.is_main)
         self.checkpointer = Checkpointer(config.checkpoint, folder.path)
+        self.data = DataState(self.loader, self.checkpointer)
         self.progress = Progress(budget=self.budget, train_step=self.train_step, checkpointer=self.checkpointer)
         self.recovery = Recovery(
             config.bad_gradients,
             self.train_step,
-            loader=self.loader,
+            data=self.data,
             tokenizer=self.tokenizer,
             log=self.log,
             processes=self.checkpointer.processes,
@@ -114,7 +115,7 @@ class Trainer:
         )
         self.watchdog = StepWatchdog(config.comm, processes.watch, folder.path)
         self.stopping = Stopping(processes.watch)
-        self.ending = Ending(self.budget, self.stopping, self.loader, self.meter)
+        self.ending = Ending(self.budget, self.stopping, self.data, self.meter)
         self.held_out = HeldOut(
             config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
         )
@@ -298,7 +299,7 @@ class Trainer:
         return {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.model, self.optimizers.torch_optimizers),
-            "data": DataState(self.loader, self.checkpointer),
+            "data": self.data,
             "progress": self.progress,
             "random": RandomState(self.checkpointer.processes),
         }
