@@ -194,7 +194,7 @@ def _packed(settings: _Settings, starts_D: np.ndarray, seq_len: int) -> PackingC
     config = settings.data
     if config.mode == "indexed" or config.packing != "best_fit":
         return counts(config.packing, starts_D, seq_len=seq_len)
-    n_streams = config.streams or (RunLayout(settings.phases, 0, 1).streams(0, n_workers=0)[0] if settings.phases else 0)
+    n_streams = config.streams or (RunLayout(settings.phases, 0, 1).n_streams(0, n_workers=0) if settings.phases else 0)
     if not n_streams:
         raise ConfigError("what best_fit makes of streams depends on how many there are: give --config, or --data.streams")
     return group_counts(np.diff(starts_D), n_streams=n_streams, seq_len=seq_len)
