@@ -130,6 +130,7 @@ class Trainer:
             stack.callback(self.checkpointer.close)
             stack.callback(self.loader.close)
             stack.enter_context(self.processes.watch.explained())  # before the others are waited for in what closes
+            stack.enter_context(self.watchdog)
             first_step = self._resume()
             if self.config.data.ledger:
                 self.ledger = self._open_ledger()
@@ -150,7 +151,6 @@ class Trainer:
                     self.config.profiling, self.folder.path, rank=self.processes.rank, device=self.processes.device, start_step=first_step
                 )
             )
-            stack.enter_context(self.watchdog)
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
             with self.stopping:
                 try:
@@ -167,7 +167,8 @@ class Trainer:
             result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
-            self.checkpointer.wait()
+            with self.watchdog.saving(self.progress.step):
+                self.checkpointer.wait()
             self._log_saved()
             self.log.close(result)
         return result
@@ -255,7 +256,8 @@ class Trainer:
 
     def _end_early(self, losses: dict[str, float]) -> NoReturn:
         """Save what is not saved yet, and raise ToldToEnd. ``losses``: as for ``_save``."""
-        failure = self.checkpointer.wait_for_all()
+        with self.watchdog.saving(self.progress.step):
+            failure = self.checkpointer.wait_for_all()
         if failure:
             self.log.event(f"the last checkpoint failed, and the state is saved again: {failure}")
         if failure or self.recovery.good_step != self.progress.step:
@@ -284,7 +286,7 @@ class Trainer:
         """Losses on the fixed rows, logged; {} where validation is off."""
         if not self.held_out.validation_sets:
             return {}
-        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.validating(self.progress.step):
             losses = self.held_out.validate()
         self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
         return losses
@@ -305,7 +307,7 @@ class Trainer:
         if self.ledger is not None:
             self.ledger.sync()
         loss = losses.get("validation_loss")
-        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.saving(self.progress.step):
             state, text = self.state(), dump_toml(self.config)
             self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
         self.recovery.good_step = self.progress.step
