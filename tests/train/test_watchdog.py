@@ -22,7 +22,7 @@ from titanarch.cli.main import main
 from titanarch.data.loader import IndexedLoader
 from titanarch.models.language_model import CausalLanguageModel
 from titanarch.parallel.config import CommConfig
-from titanarch.train import held_out
+from titanarch.train import held_out, watch
 from titanarch.train.update import Optimizers
 from titanarch.train.watch import Watch
 from titanarch.train.watchdog import HEARTBEAT_FILE, StepWatchdog
@@ -168,6 +168,7 @@ def train_as(rank: int, port: int, said: Path, before: Callable[[], None], argum
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    watch.GRACE_SECONDS = 1.0  # the one that hangs does not end by itself
     before()
     raise SystemExit(main(["train", *arguments]))
 
