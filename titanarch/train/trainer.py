@@ -117,6 +117,8 @@ class Trainer:
             config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
         )
         self.ledger: Ledger | None = None
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        """The step after which this start validated last, and the losses."""
 
     @property
     def rows_at_once(self) -> int:
@@ -161,9 +163,9 @@ class Trainer:
                     raise
                 losses = self._validate() if self.budget.done or not self.stopping.signal else {}
                 if self.stopping.ask():
-                    self._end_early(losses)
+                    self._end_early(first_step)
                 if self.config.checkpoint.last_save and self.progress.step > first_step:
-                    self._save(losses, last=True)
+                    self._save_last()
             result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
@@ -213,7 +215,7 @@ class Trainer:
             check_next_step(self.loader, self.budget, allowed=self.config.data.allow_repeat)
         except ConfigError:
             if self.config.checkpoint.last_save and saves:
-                self._save({}, last=True)
+                self._save_last()
             raise
 
     def draw(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -247,24 +249,26 @@ class Trainer:
             skipped = self.loader.skipped
             lacking = {"skipped_documents": skipped.documents, "skipped_files": skipped.files} if any(skipped) else {}
             self.log.log({**row, **counts, **epochs, **lacking})
-        losses = self._validate() if self._validates(step) and not is_last else {}
+        if self._validates(step) and not is_last:
+            self._validate()
         if self.checkpointer.due(step) and not is_last:
-            self._save(losses, last=False)
+            self._save(last=False)
 
     def _validates(self, step: int) -> bool:
         return self.config.validation.enable and step % self.config.validation.interval == 0
 
-    def _end_early(self, losses: dict[str, float]) -> NoReturn:
-        """Save what is not saved yet, and raise ToldToEnd. ``losses``: as for ``_save``."""
+    def _end_early(self, first_step: int) -> NoReturn:
+        """Save what is not saved yet, and raise ToldToEnd. ``first_step``: which this start went on from."""
         with self.watchdog.saving(self.progress.step):
             failure = self.checkpointer.wait_for_all()
         if failure:
             self.log.event(f"the last checkpoint failed, and the state is saved again: {failure}")
         if failure or self.recovery.good_step != self.progress.step:
-            self._save(losses, last=True)
+            self._save(last=True)
         self._log_saved()
-        if self._validates(self.progress.step) and not losses:
-            self._validate()  # late, since whoever told the run to end waits for the checkpoint alone
+        if self._validates(self.progress.step) and self.progress.step > first_step:
+            self._validate()  # late, since whoever told the run to end may wait for no more than the checkpoint
+            self._save_last()
         raise ToldToEnd(self.stopping.signal, self.progress.step, saves=self.config.checkpoint.enable, speaks=self.processes.is_main)
 
     def _roll_back(self, bad: BadStep) -> None:
@@ -274,6 +278,7 @@ class Trainer:
         self.recovery.roll_back(self.state(), self.checkpointer.wait)
         self.budget.load_state_dict(spent)
         self.budget.roll_back(self.progress.step, self.progress.tokens)
+        self._measured = (-1, {})
         if self.ledger is not None:
             self.ledger.rolled_back(self.progress.step)
         self.log.close()
@@ -283,13 +288,20 @@ class Trainer:
         self.meter.start(self.budget.fraction)
 
     def _validate(self) -> dict[str, float]:
-        """Losses on the fixed rows, logged; {} where validation is off."""
-        if not self.held_out.validation_sets:
-            return {}
+        """Losses on the fixed rows, measured once after a step, and logged; {} where validation is off."""
+        if not self.held_out.validation_sets or self._losses:
+            return self._losses
         with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.validating(self.progress.step):
             losses = self.held_out.validate()
         self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
+        self._measured = (self.progress.step, losses)
         return losses
+
+    @property
+    def _losses(self) -> dict[str, float]:
+        """What was measured after the last step; {} where nothing was."""
+        step, losses = self._measured
+        return losses if step == self.progress.step else {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the run."""
@@ -301,12 +313,20 @@ class Trainer:
             "random": RandomState(self.checkpointer.processes),
         }
 
-    def _save(self, losses: dict[str, float], *, last: bool) -> None:
-        """``losses``: as ``_validate`` measured them at this step; {} where it did not."""
+    def _save_last(self) -> None:
+        """Save, but where that was done after this step: then its checkpoint is told the loss that was measured since."""
+        if self.recovery.good_step != self.progress.step:
+            self._save(last=True)
+        elif "validation_loss" in self._losses:
+            with self.watchdog.saving(self.progress.step):
+                self.checkpointer.note_loss(self.progress.step, self._losses["validation_loss"])
+
+    def _save(self, *, last: bool) -> None:
+        """A checkpoint of the last step, with the validation loss that was measured after it."""
         self.guard.check()
         if self.ledger is not None:
             self.ledger.sync()
-        loss = losses.get("validation_loss")
+        loss = self._losses.get("validation_loss")
         with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.saving(self.progress.step):
             state, text = self.state(), dump_toml(self.config)
             self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
@@ -335,7 +355,7 @@ class Trainer:
             elif initial:
                 self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
         if self.recovery.needs_checkpoint and loaded is None:
-            self._save({}, last=False)
+            self._save(last=False)
         return step
 
     def _open_ledger(self) -> Ledger:
