@@ -135,9 +135,9 @@ def note_what_is_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         step[0] += 1
         return draw(self, batches)
 
-    def validating(self: HeldOut) -> dict[str, float]:
+    def validating(self: HeldOut, number: int) -> dict[str, float]:
         done.append(f"validate {step[0]}")
-        return validate(self)
+        return validate(self, number)
 
     def saving(self: Checkpointer, number: int, *arguments: Any, **keys: Any) -> None:
         done.append(f"save {number}")

@@ -52,6 +52,11 @@ class Saved:
     stall_seconds: float
     upload_seconds: float
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """As metrics name them."""
+        return {"checkpoint_stall_seconds": self.stall_seconds, "checkpoint_upload_seconds": self.upload_seconds}
+
     def __str__(self) -> str:
         return (
             f"saved {self.path}: {self.n_bytes / 1e6:,.1f} MB; training waited {self.stall_seconds:.2f} s, "

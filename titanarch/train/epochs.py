@@ -19,3 +19,9 @@ def check_next_step(loader: RowLoader, budget: Budget, *, allowed: bool) -> None
     """ConfigError where the next step of a run by minutes takes rows too often and that is not ``allowed``."""
     if budget.total_steps is None and not allowed:
         check_repeats(loader.passes(loader.next_row + loader.layout.global_batch_size), allowed=False)
+
+
+def epochs_done(loader: RowLoader) -> float:
+    """Passes over the training data that are behind; whole ones where it has several sources."""
+    passes = loader.passes(loader.next_row)
+    return passes[0].epochs if len(passes) == 1 else float(loader.epoch)

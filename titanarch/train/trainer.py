@@ -18,7 +18,7 @@ from titanarch.data.tokenizers import build_tokenizer
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
-from titanarch.train.epochs import check_next_step, planned_epochs
+from titanarch.train.epochs import check_next_step, epochs_done, planned_epochs
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.held_out import HeldOut
@@ -35,6 +35,7 @@ from titanarch.train.progress import DataState, Progress
 from titanarch.train.recovery import Recovery
 from titanarch.train.reproducibility import GarbageCollection, seed_global_generators, set_deterministic
 from titanarch.train.resolve import local_batch_size, param_dtype
+from titanarch.train.result import sizes, training_flops
 from titanarch.train.run_config import RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
@@ -56,7 +57,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         vocab_size = vocabulary(config, self.tokenizer.vocab_size)
         built = build_model(config, processes, vocab_size)
-        self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
+        self.model, self.mesh, self.division, self.cost, self.notes = built.model, built.mesh, built.division, built.cost, built.notes
         self.phases = training.run_phases(self.mesh.degrees.data_parallel)
         self.flops_per_token = {
             phase.seq_len: MODELS.of(config.model).cost(config.model, vocab_size, phase.seq_len).training_flops_per_token
@@ -117,8 +118,6 @@ class Trainer:
             config, self.model, tokenizer=self.tokenizer, mesh=self.mesh, device=processes.device, rows_at_once=self.rows_at_once
         )
         self.ledger: Ledger | None = None
-        self._measured: tuple[int, dict[str, float]] = (-1, {})
-        """The step after which this start validated last, and the losses."""
 
     @property
     def rows_at_once(self) -> int:
@@ -278,7 +277,7 @@ class Trainer:
         self.recovery.roll_back(self.state(), self.checkpointer.wait)
         self.budget.load_state_dict(spent)
         self.budget.roll_back(self.progress.step, self.progress.tokens)
-        self._measured = (-1, {})
+        self.held_out.forget()
         if self.ledger is not None:
             self.ledger.rolled_back(self.progress.step)
         self.log.close()
@@ -289,19 +288,13 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """Losses on the fixed rows, measured once after a step, and logged; {} where validation is off."""
-        if not self.held_out.validation_sets or self._losses:
-            return self._losses
-        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.validating(self.progress.step):
-            losses = self.held_out.validate()
-        self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
-        self._measured = (self.progress.step, losses)
+        step = self.progress.step
+        losses = self.held_out.losses_after(step)
+        if self.held_out.validation_sets and not losses:
+            with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.validating(step):
+                losses = self.held_out.validate(step)
+            self.log.log({"step": step, "tokens": self.progress.tokens, **losses})
         return losses
-
-    @property
-    def _losses(self) -> dict[str, float]:
-        """What was measured after the last step; {} where nothing was."""
-        step, losses = self._measured
-        return losses if step == self.progress.step else {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the run."""
@@ -315,29 +308,29 @@ class Trainer:
 
     def _save_last(self) -> None:
         """Save, but where that was done after this step: then its checkpoint is told the loss that was measured since."""
-        if self.recovery.good_step != self.progress.step:
+        step = self.progress.step
+        if self.recovery.good_step != step:
             self._save(last=True)
-        elif "validation_loss" in self._losses:
-            with self.watchdog.saving(self.progress.step):
-                self.checkpointer.note_loss(self.progress.step, self._losses["validation_loss"])
+        elif loss := self.held_out.losses_after(step).get("validation_loss"):
+            with self.watchdog.saving(step):
+                self.checkpointer.note_loss(step, loss)
 
     def _save(self, *, last: bool) -> None:
         """A checkpoint of the last step, with the validation loss that was measured after it."""
         self.guard.check()
         if self.ledger is not None:
             self.ledger.sync()
-        loss = self._losses.get("validation_loss")
+        loss = self.held_out.losses_after(self.progress.step).get("validation_loss")
         with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.saving(self.progress.step):
-            state, text = self.state(), dump_toml(self.config)
-            self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
+            text = dump_toml(self.config)
+            self.checkpointer.save(self.progress.step, self.state(), config_text=text, validation_loss=loss, force_sync=last)
         self.recovery.good_step = self.progress.step
         self._log_saved()
 
     def _log_saved(self) -> None:
         """A row and a sentence for each save that is committed by now; the row's step is that of the checkpoint."""
         for saved in self.checkpointer.take_saved():
-            seconds = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_upload_seconds": saved.upload_seconds}
-            self.log.log({"step": saved.step, **seconds})
+            self.log.log({"step": saved.step, **saved.seconds})
             self.log.event(str(saved))
 
     def _resume(self) -> int:
@@ -389,13 +382,10 @@ class Trainer:
             "run": str(self.folder.path),
             "step": self.progress.step,
             "tokens": self.progress.tokens,
-            "epochs": self._epochs(),
+            "epochs": epochs_done(self.loader),
             **({"source_epochs": epochs} if (epochs := self.loader.source_epochs) else {}),
-            "parameters": self.cost.parameters,
-            "non_embedding_parameters": self.cost.non_embedding_parameters,
-            "active_parameters": self.cost.active_parameters,
-            "forward_flops_per_token": self.cost.forward_flops_per_token,
-            "training_flops": self._training_flops(),
+            **sizes(self.cost),
+            "training_flops": training_flops(self.phases, self.loader.next_row, self.progress.tokens, self.flops_per_token),
             "skipped_steps": self.guard.skipped + self.scaler.overflows,
             **self.meter.totals(),
             "wall_seconds": time.monotonic() - started,
@@ -403,16 +393,6 @@ class Trainer:
             **evaluation,
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }
-
-    def _training_flops(self) -> float:
-        """Of all tokens that were trained on, lengths in the shares that the rows so far have."""
-        tokens = [(length, rows * length) for length, rows in self.phases.state(self.loader.next_row)]
-        flops = sum(n * self.flops_per_token[length] for length, n in tokens)
-        return flops / max(sum(n for _, n in tokens), 1) * self.progress.tokens
-
-    def _epochs(self) -> float:
-        passes = self.loader.passes(self.loader.next_row)
-        return passes[0].epochs if len(passes) == 1 else float(self.loader.epoch)
 
 
 def run_path(config: RunConfig) -> Path:
