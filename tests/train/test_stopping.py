@@ -64,18 +64,20 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "tell", "options"),
+    ("number", "tell", "options", "helpers"),
     [
-        (signal.SIGUSR1, os.kill, []),
-        (signal.SIGTERM, os.killpg, [*OFTEN, "--checkpoint.interval", "3", "--checkpoint.async_mode", "process", "--data.workers", "2"]),
+        (signal.SIGUSR1, os.kill, [], []),
+        (signal.SIGTERM, os.killpg, [*OFTEN, "--checkpoint.interval", "3"], ["--checkpoint.async_mode=process", "--data.workers=2"]),
     ],
     ids=["the process", "all that it started too"],
 )
-def test_one_process_saves_and_ends(tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], options: list[str]) -> None:
+def test_one_process_saves_and_ends(
+    tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], options: list[str], helpers: list[str]
+) -> None:
     """The second has data workers and a process that uploads, and schedulers send the signal to these as well."""
     path, whole = (write_config(tmp_path, name, tmp_path / "cache") for name in ("told", "whole"))
     folder = tmp_path / "told"
-    assert told(path, folder, number, tell, *options) == [128 + number], folder.with_suffix(".err-0").read_text()
+    assert told(path, folder, number, tell, *options, *helpers) == [128 + number], folder.with_suffix(".err-0").read_text()
     last = max(losses(folder))
     assert saved_steps(folder)[-1] == last
     assert not (folder / "result.json").exists()
