@@ -92,12 +92,23 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, **fixed, **variables}
 
 
-def launch(folder: Path, *overrides: str, host: "Host | None" = None, **variables: str) -> Run:
-    """run_train.sh on debug.toml, in a session of its own, on ``host`` or right here."""
+def unchecked_python(folder: Path) -> str:
+    """The tests' interpreter, but for the check before a launch, which takes as long as the start of a process; kept in ``folder``."""
+    path = folder / "unchecked-python"
+    if not path.exists():
+        path.write_text(f'#!/usr/bin/env bash\n[[ "$*" == "-m titanarch config check "* ]] || exec "{sys.executable}" "$@"\n')
+        path.chmod(0o755)
+    return str(path)
+
+
+def launch(folder: Path, *overrides: str, host: "Host | None" = None, checked: bool = False, **variables: str) -> Run:
+    """run_train.sh on debug.toml, in a session of its own, on ``host`` or right here. ``checked``: as always, else without the check."""
     command = ["bash", "run_train.sh", "--config", "train_configs/debug.toml", f"--job.dump_folder={folder}", *QUICK, *overrides]
     if host is not None:
         command = ["ip", "netns", "exec", host.name, *command]
         variables = {"LOCAL_ADDR": host.address, "GLOO_SOCKET_IFNAME": host.interface, **variables}
+    if not checked:
+        variables = {"TITANARCH_PYTHON": unchecked_python(folder.parent), **variables}
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,

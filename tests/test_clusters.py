@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.nodes import QUICK, REPOSITORY, environment, losses_in
+from tests.nodes import QUICK, REPOSITORY, environment, losses_in, unchecked_python
 from titanarch.config.load import load_config
 from titanarch.train.run_config import RunConfig
 
@@ -166,7 +166,7 @@ def test_slurm_resumes_a_real_run(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ("--config", "train_configs/debug.toml", f"--job.dump_folder={run}", "--checkpoint.interval=1000000", *QUICK)
     variables = environment(
         SLURM_JOB_NUM_NODES="1", NGPU="1", TITANARCH_HOME=str(REPOSITORY), TMPDIR=str(tmp_path), MAX_RESTARTS="1", NODES="localhost"
-    )
+    ) | {"TITANARCH_PYTHON": unchecked_python(tmp_path)}
     job = cluster.start(*arguments, "--training.steps=100000", **{**variables, "PATH": f"{cluster.root / 'bin'}:{os.environ['PATH']}"})
     deadline = time.monotonic() + 100
     while max(losses_in(run), default=0) < 3:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models.materialize import materialized
-from tests.user_code import REPOSITORY, losses_of_three_steps, python
+from tests.user_code import REPOSITORY, losses_of_three_steps, titanarch
 from titanarch.cli.new import written
 from titanarch.config.errors import ConfigError
 from titanarch.config.load import load_config
@@ -39,7 +39,7 @@ def test_the_pages_are_there() -> None:
 
 def test_the_page_of_keys_is_current() -> None:
     """In a process of its own, since tests register components that the page must not list."""
-    made = python("-m", "titanarch", "config", "docs")
+    made = titanarch("config", "docs")
     assert made.returncode == 0, made.stderr
     message = "docs/configuration.md is stale: python -m titanarch config docs > docs/configuration.md"
     assert GENERATED.read_text("utf-8") == made.stdout, message

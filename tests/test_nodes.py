@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,15 @@ def test_two_hosts_train_break_and_go_on(tmp_path: Path) -> None:
     assert [found[step] for step in early] == pytest.approx([expected[step] for step in early], rel=2e-6)
 
 
-def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run of two processes that has begun."""
+    folder = tmp_path_factory.mktemp("endless") / "run"
+    with cleaned_up(folder):
+        yield launch(folder, ENDLESS, "--checkpoint.enable=false", NGPU="2")
+
+
+def test_a_process_that_hangs_ends_the_run(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The launcher's last words name the process, what happened to it and its last step; nothing is left."""
     folder = tmp_path / "run"
     with cleaned_up(folder):
@@ -92,6 +101,7 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
         run.wait_for_step(3)
         os.kill(run.workers()[1], signal.SIGSTOP)
         broken = time.monotonic()
+        request.getfixturevalue("endless")  # the next test's run begins while this one is waited for
         status, _, err = run.end()
         seconds = time.monotonic() - broken
         print(f"stopped: ended after {seconds:.1f} s")
@@ -104,22 +114,19 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
         assert left_over(folder) == {}
 
 
-def test_processes_do_not_outlive_their_launcher(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with cleaned_up(folder):
-        run = launch(folder, ENDLESS, "--checkpoint.enable=false", NGPU="2")
-        run.wait_for_step(2)
-        assert len(run.workers()) == 2
-        run.process.kill()  # run_train.sh has become the launcher itself
-        assert left_over(folder) == {}
+def test_processes_do_not_outlive_their_launcher(endless: Run) -> None:
+    endless.wait_for_step(2)
+    assert len(endless.workers()) == 2
+    endless.process.kill()  # run_train.sh has become the launcher itself
+    assert left_over(endless.folder) == {}
 
 
 def test_processes_start_again_and_fail_again(tmp_path: Path) -> None:
-    """MAX_RESTARTS=1: after one process was killed all start again and resume; when one raises, that is the end."""
+    """MAX_RESTARTS=1: after one process was killed all start again and resume; when one raises, that is the end. With the check before."""
     folder = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     with cleaned_up(folder):
-        run = launch(folder, *OPTIONS, ENDLESS, NGPU="2", MAX_RESTARTS="1", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+        run = launch(folder, *OPTIONS, ENDLESS, checked=True, NGPU="2", MAX_RESTARTS="1", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
         run.wait_for_step(3)
         os.kill(run.workers()[0], signal.SIGKILL)
         status, out, err = run.end()

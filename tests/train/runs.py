@@ -1,5 +1,6 @@
 """Starts real runs in processes of their own, as the launcher does."""
 
+import gc
 import json
 import os
 import signal
@@ -107,14 +108,14 @@ def train(config: Path, *overrides: str, n_processes: int = 1, status: int = 0) 
     return subprocess.CompletedProcess(arguments, status, out, err)
 
 
-def run_forks(lives: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[subprocess.CompletedProcess[str]]:
-    """``python -m titanarch`` at the same time with each of the arguments and environments, to the end.
+def run_forks(lives: Sequence[tuple[Sequence[str], Mapping[str, str]]], *, cwd: Path = ROOT) -> list[subprocess.CompletedProcess[str]]:
+    """``python -m titanarch`` at the same time with each of the arguments and environments, in the folder ``cwd``, to the end.
 
     They are forks of a server that has imported the package, which takes seconds. Fails with their output where one does not end.
     """
     with tempfile.TemporaryDirectory(prefix="output-") as folder:
         outputs = [(Path(folder, f"stdout-{n}"), Path(folder, f"stderr-{n}")) for n in range(len(lives))]
-        forks = [start(arguments, variables, output) for (arguments, variables), output in zip(lives, outputs, strict=True)]
+        forks = [start(arguments, variables, output, cwd=cwd) for (arguments, variables), output in zip(lives, outputs, strict=True)]
         deadline = time.monotonic() + 400
         for fork in forks:
             fork.join(max(0.0, deadline - time.monotonic()))
@@ -129,14 +130,15 @@ def run_forks(lives: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[
     ]
 
 
-def start(arguments: Sequence[str], variables: Mapping[str, str], output: tuple[Path, Path]) -> ForkServerProcess:
+def start(arguments: Sequence[str], variables: Mapping[str, str], output: tuple[Path, Path], *, cwd: Path = ROOT) -> ForkServerProcess:
     """One that is not waited for; ``output``: the files of its stdout and stderr."""
-    fork = CONTEXT.Process(target=_live, args=(list(arguments), dict(variables), output), daemon=False)
+    fork = CONTEXT.Process(target=_live, args=(list(arguments), dict(variables), output, cwd), daemon=False)
     fork.start()
     return fork
 
 
-def _live(arguments: list[str], variables: dict[str, str], output: tuple[Path, Path]) -> None:
+def _live(arguments: list[str], variables: dict[str, str], output: tuple[Path, Path], cwd: Path) -> None:
+    gc.freeze()  # what the server has imported is no garbage, and to look through it takes longer than a step
     os.setsid()  # so that it can be killed with all that it started
     for path, number in zip(output, (1, 2), strict=True):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -144,7 +146,8 @@ def _live(arguments: list[str], variables: dict[str, str], output: tuple[Path, P
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(ROOT)
+    sys.path[:0] = [path for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    os.chdir(cwd)
     torch.set_num_threads(1)
     sys.exit(main(arguments))
 

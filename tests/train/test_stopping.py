@@ -1,11 +1,13 @@
 """Runs that are told to end by a signal: they stop together, have saved, say so by their status, and lose nothing."""
 
+import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,16 @@ import torch
 from tests.distributed import free_port
 from tests.train.runs import arguments_of, environment, losses, rows, start, train, write_config
 from titanarch.checkpoint.marker import MARKER
+from titanarch.checkpoint.store import Checkpointer
+from titanarch.cli.main import main
+from titanarch.config.errors import ConfigError, Problem
+from titanarch.data.batch import Batch
+from titanarch.data.loader import IndexedLoader
+from titanarch.train import trainer
+from titanarch.train.held_out import HeldOut
+from titanarch.train.step import StepOutcome, TrainStep
 from titanarch.train.stopping import SIGNALS, Stopping
+from titanarch.train.trainer import Trainer
 from titanarch.train.watch import Watch
 
 ENDLESS = ["--training.steps", "1000000", "--checkpoint.interval", "1000000"]
@@ -55,18 +66,20 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "tell", "options"),
+    ("number", "tell", "options", "helpers"),
     [
-        (signal.SIGUSR1, os.kill, []),
-        (signal.SIGTERM, os.killpg, [*OFTEN, "--checkpoint.interval", "3", "--checkpoint.async_mode", "process", "--data.workers", "2"]),
+        (signal.SIGUSR1, os.kill, [], []),
+        (signal.SIGTERM, os.killpg, [*OFTEN, "--checkpoint.interval", "3"], ["--checkpoint.async_mode=process", "--data.workers=2"]),
     ],
     ids=["the process", "all that it started too"],
 )
-def test_one_process_saves_and_ends(tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], options: list[str]) -> None:
+def test_one_process_saves_and_ends(
+    tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], options: list[str], helpers: list[str]
+) -> None:
     """The second has data workers and a process that uploads, and schedulers send the signal to these as well."""
     path, whole = (write_config(tmp_path, name, tmp_path / "cache") for name in ("told", "whole"))
     folder = tmp_path / "told"
-    assert told(path, folder, number, tell, *options) == [128 + number], folder.with_suffix(".err-0").read_text()
+    assert told(path, folder, number, tell, *options, *helpers) == [128 + number], folder.with_suffix(".err-0").read_text()
     last = max(losses(folder))
     assert saved_steps(folder)[-1] == last
     assert not (folder / "result.json").exists()
@@ -92,6 +105,88 @@ def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     train(alone, *PLAIN, "--training.steps", str(last + 2))
     assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
     assert sorted(losses(folder)) == list(range(1, last + 3))
+
+
+def is_told(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    make = TrainStep.__call__
+
+    def told_in(self: TrainStep, number: int, batches: Sequence[Batch]) -> StepOutcome:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return make(self, number, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", told_in)
+
+
+def runs_out(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    monkeypatch.setattr(IndexedLoader, "ended", property(lambda self: "no more rows" if self.next_row >= 8 * step else ""))
+
+
+def repeats(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    def check(loader: IndexedLoader, *_: object, **__: object) -> None:
+        if loader.next_row >= 8 * step:
+            raise ConfigError(Problem("enough"))
+
+    monkeypatch.setattr(trainer, "check_next_step", check)
+
+
+def note_what_is_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a run in this process validates and saves from now on, with the step that it has come to."""
+    done: list[str] = []
+    step, (draw, validate, save) = [0], (Trainer.draw, HeldOut.validate, Checkpointer.save)
+
+    def drawing(self: Trainer, batches: Iterator[Batch]) -> list[Batch]:
+        step[0] += 1
+        return draw(self, batches)
+
+    def validating(self: HeldOut, number: int) -> dict[str, float]:
+        done.append(f"validate {step[0]}")
+        return validate(self, number)
+
+    def saving(self: Checkpointer, number: int, *arguments: Any, **keys: Any) -> None:
+        done.append(f"save {number}")
+        save(self, number, *arguments, **keys)
+
+    monkeypatch.setattr(Trainer, "draw", drawing)
+    monkeypatch.setattr(HeldOut, "validate", validating)
+    monkeypatch.setattr(Checkpointer, "save", saving)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("end", "step", "save_every", "status", "order"),
+    [
+        (is_told, 4, 99, 138, ["validate 2", "save 4", "validate 4"]),
+        (is_told, 3, 99, 138, ["validate 2", "save 3"]),
+        (runs_out, 4, 4, 0, ["validate 2", "validate 4", "save 4"]),
+        (runs_out, 3, 3, 0, ["validate 2", "save 3", "validate 3"]),
+        (runs_out, 3, 99, 0, ["validate 2", "validate 3", "save 3"]),
+        (repeats, 4, 99, 2, ["validate 2", "validate 4", "save 4"]),
+        (repeats, 4, 4, 2, ["validate 2", "validate 4", "save 4"]),
+    ],
+)
+def test_what_is_validated_at_an_early_end_is_saved_with_its_loss(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Callable[[pytest.MonkeyPatch, int], None],
+    step: int,
+    save_every: int,
+    status: int,
+    order: list[str],
+) -> None:
+    """Each state is validated once and saved once; a signal waits for the save first, and the loss is added to it."""
+    done = note_what_is_done(monkeypatch)
+    end(monkeypatch, step)
+    path, folder = write_config(tmp_path, "run", tmp_path / "cache"), tmp_path / "run"
+    options = ["--validation.interval", "2", "--checkpoint.interval", str(save_every), "--evaluation.enable", "false"]
+    assert main(arguments_of(path, *options)) == status
+    assert done == order
+    measured = {row["step"]: row["validation_loss"] for row in rows(folder) if "validation_loss" in row}
+    marker = json.loads((folder / f"checkpoints/step-{step:08d}" / MARKER).read_text())
+    assert marker["validation_loss"] == measured.get(step)
+    assert (step in measured) == (f"validate {step}" in order)
+    assert saved_steps(folder) == [step]
+    assert main(["checkpoint", "verify", str(folder)]) == 0
 
 
 def test_signals_are_heard_while_it_is_entered() -> None:

@@ -63,7 +63,6 @@ class Marker:
         validation_loss: float | None = None,
     ) -> "Marker":
         """The marker of a checkpoint finished now. A loss that is no finite number is none."""
-        measured = validation_loss is not None and math.isfinite(validation_loss)
         return cls(
             format_version=FORMAT_VERSION,
             step=step,
@@ -72,9 +71,13 @@ class Marker:
             committed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             config_sha256=hashlib.sha256(config.encode()).hexdigest(),
             config=config,
-            validation_loss=validation_loss if measured else None,
+            validation_loss=_finite(validation_loss),
             files=dict(sorted(files.items())),
         )
+
+    def with_loss(self, validation_loss: float) -> "Marker":
+        """The marker once the loss is known that was measured after the save, at its step."""
+        return dataclasses.replace(self, validation_loss=_finite(validation_loss))
 
     def to_bytes(self) -> bytes:
         """JSON, with the SHA-256 of what it says."""
@@ -138,6 +141,10 @@ class Marker:
     @property
     def has_checksums(self) -> bool:
         return self.format_version > 1
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _record(entry: object, version: int) -> FileRecord | None:

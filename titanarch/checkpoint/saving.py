@@ -167,6 +167,13 @@ def commit(storage: Storage, folder: str, what: Commit, *, files: Mapping[str, F
     return sequence
 
 
+def note_loss(storage: Storage, step: int, validation_loss: float, *, sequence: int) -> None:
+    """Write a loss into the marker of commit number ``sequence`` where that is of ``step``. Only process 0."""
+    for folder, marker in committed(storage):
+        if (marker.sequence, marker.step) == (sequence, step) and marker.with_loss(validation_loss) != marker:
+            storage.write_marker(folder, marker.with_loss(validation_loss))
+
+
 def _write(tensors: dict[str, Tensor], writer: LocalWriter | UrlWriter, processes: Processes, *, own_process: bool) -> Metadata:
     """Every process writes its part; returns once all have."""
     if not own_process:

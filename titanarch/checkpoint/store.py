@@ -18,7 +18,7 @@ from titanarch.checkpoint.errors import CheckpointError
 from titanarch.checkpoint.loading import State, read, read_initial
 from titanarch.checkpoint.processes import Processes
 from titanarch.checkpoint.retention import Retention
-from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, committed, newest_sequence, upload
+from titanarch.checkpoint.saving import Commit, Staging, Uploaded, collect, committed, newest_sequence, note_loss, upload
 from titanarch.checkpoint.storage import Storage
 from titanarch.config.errors import ConfigError, Problem
 
@@ -51,6 +51,11 @@ class Saved:
     n_bytes: int
     stall_seconds: float
     upload_seconds: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """As metrics name them."""
+        return {"checkpoint_stall_seconds": self.stall_seconds, "checkpoint_upload_seconds": self.upload_seconds}
 
     def __str__(self) -> str:
         return (
@@ -159,6 +164,18 @@ class Checkpointer:
         self._pending = _Pending(step, running, time.monotonic() - start)
         if is_awaited:
             self.wait()
+
+    def note_loss(self, step: int, validation_loss: float) -> None:
+        """Add to the last save, of ``step``, the loss that was measured at it since. Collective; waits for the upload.
+
+        Does nothing where checkpoints are not enabled. Raises CheckpointError where the save failed, or the marker cannot be written.
+        """
+        if not self.config.enable:
+            return
+        self.wait()
+        sequence = self._last_sequence
+        assert sequence is not None, "claim or save comes first"
+        self.processes.from_first(lambda: note_loss(self._storage, step, validation_loss, sequence=sequence))
 
     def maybe_wait(self) -> None:
         """To be called before each optimizer step: returns at once, or raises what made an upload fail.

@@ -13,6 +13,7 @@ from titanarch.config.errors import ConfigError, Problem
 from titanarch.parallel.config import CommConfig
 from titanarch.train.guard import BadGradientError
 from titanarch.train.processes import start_processes, stop_processes
+from titanarch.train.recording import Recorder, write
 from titanarch.train.replay import Layout, Replayed, logged_row, replay
 
 _EPILOG = """\
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="P", help="processes on this machine; default: those of the launcher, or 1")
     parser.add_argument("--local-batch-size", type=int, metavar="B", help="rows of a forward; default: the run's, or all of a process")
     parser.add_argument("--rolled-back", action="store_true", help="the attempt that the run went back from, of a step that it made again")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="write what the step computes to this folder, as diff compares it")
     parser.set_defaults(takes_config=True)
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -45,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.processes not in (None, processes.world_size):
             raise ConfigError(Problem(f"--processes {args.processes}, but the launcher started {processes.world_size}; leave it out"))
-        replayed = replay(args.run, args.step, processes, layout=layout, rolled_back=args.rolled_back)
+        recorder = Recorder() if args.record is not None else None
+        replayed = replay(args.run, args.step, processes, layout=layout, rolled_back=args.rolled_back, recorder=recorder)
+        if recorder is not None:
+            write(args.record, processes.rank, recorder, replayed.losses)
         if processes.is_main:
             print(shown(args.run, replayed))
     except (CheckpointError, BadGradientError) as error:
@@ -80,4 +85,5 @@ def _own_arguments(args: argparse.Namespace) -> list[str]:
     given = ["replay", str(args.run), "--step", str(args.step)]
     given += ["--dtype", args.dtype] if args.dtype else []
     given += ["--local-batch-size", str(args.local_batch_size)] if args.local_batch_size is not None else []
+    given += ["--record", str(args.record)] if args.record is not None else []
     return [*given, *(["--rolled-back"] if args.rolled_back else []), *args.config_arguments]

@@ -111,5 +111,11 @@ class CommConfig(Section, identity=False):
         300.0, description="a step that takes longer hangs: all processes leave their stacks in the run's folder and end; 0: no limit"
     )
     step_timeout_factor: Annotated[float, Field(gt=1)] = Field(
-        10.0, description="the limit is at least so many times the median of the last 50 steps"
+        10.0, description="the limit is at least so many times the median of the last 50 steps; of a validation or save likewise"
+    )
+    validation_timeout_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="a validation that takes longer hangs, with the same end; 0: no limit"
+    )
+    save_timeout_seconds: Annotated[float, Field(ge=0)] = Field(
+        3600.0, description="a save that holds training up for longer, the wait for the upload before it too, hangs likewise; 0: no limit"
     )

@@ -1,21 +1,46 @@
 """Where two runs part: the first step whose logged losses differ, and the first module whose output does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from titanarch.config.errors import ConfigError, Problem
+from titanarch.train.inspection import ROOT
 from titanarch.train.metrics.rows import read_rows
-from titanarch.train.processes import Processes
-from titanarch.train.replay import Layout, Replayed, replay
+from titanarch.train.recording import Recording, Whole
+from titanarch.train.run_config import DType
 from titanarch.train.run_folder import RunFolder
 
-SAMPLED = 4096
-"""Values kept of each tensor, evenly spread; its norm is compared too."""
+ROUNDING: Mapping[DType, float] = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
+"""What the order of sums, which is another on another layout, may change a loss by, as a share of it."""
+TENSOR_ROUNDING = 10.0
+"""How many times as much it may change a value of a tensor, as a share of the largest."""
+SMALL_GRADIENT = 1e-2
+"""Gradients are compared as shares of this times the root mean square of all if that is more: some are zero but for rounding."""
+
+SCALAR = 2
+"""Numbers in the sample of a tensor of one value: its norm, and itself."""
+
+Record = Callable[[Path, int], Recording]
+"""Replays a step of a run."""
+
+
+class Tolerance(NamedTuple):
+    """Differences that count as none: of a loss as a share of it, of the values of a tensor as a share of its largest."""
+
+    loss: float
+    tensor: float
+
+    @classmethod
+    def of_rounding(cls, dtypes: Iterable[DType]) -> "Tolerance":
+        """What another layout may change where products are computed in ``dtypes``."""
+        loss = max(ROUNDING[dtype] for dtype in dtypes)
+        return cls(loss, TENSOR_ROUNDING * loss)
 
 
 @dataclass(frozen=True)
@@ -36,19 +61,29 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What differs of ``n`` things, in their order; ``n_left_out`` more lie otherwise on other processes and were not compared."""
+
+    differences: tuple[Difference, ...]
+    n: int
+    n_left_out: int = 0
+
+
+@dataclass(frozen=True)
 class StepDifference:
     """Both runs at the step at which they part. ``rows_differ``: they read other tokens.
 
-    ``parameters``: those that differ before the step; ``modules``: those whose output does, in forward order.
+    ``parameters``: before the step. ``modules``: their outputs, in forward order. ``gradients``: of these, in backward order.
+    ``parameter_gradients``: of the whole step.
     """
 
     step: int
     losses: tuple[float, float]
     rows_differ: bool
-    parameters: tuple[Difference, ...]
-    n_parameters: int
-    modules: tuple[Difference, ...]
-    n_modules: int
+    parameters: Compared
+    modules: Compared
+    gradients: Compared
+    parameter_gradients: Compared
 
 
 def logged_losses(folder: Path) -> dict[int, float]:
@@ -76,76 +111,95 @@ def parting(a: Mapping[int, float], b: Mapping[int, float], tolerance: float) ->
     return None
 
 
-class _Recorded:
-    """A sample and the norm of everything that a replayed step computes."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, list[Tensor]] = {}
-        self.parameters: dict[str, list[Tensor]] = {}
-
-    def module(self, micro_batch: int, name: str, tensors: Sequence[Tensor]) -> None:
-        self.outputs.setdefault(name if micro_batch == 0 else f"{name} (micro-batch {micro_batch})", []).extend(map(_sample, tensors))
-
-    def parameter(self, name: str, tensor: Tensor) -> None:
-        self.parameters[name] = [_sample(tensor)]
+def step_difference(folders: tuple[Path, Path], parting: Parting, record: Record, tolerance: Tolerance) -> StepDifference:
+    """Replay both runs to the step at which they part, which lies between two logged ones, and compare it."""
+    a, b = (record(folder, parting.step) for folder in folders)
+    step = next((s for s in sorted(a.losses.keys() & b.losses.keys()) if differ(a.losses[s], b.losses[s], tolerance.loss)), parting.step)
+    if step != parting.step:
+        a, b = (record(folder, step) for folder in folders)
+    return compared(step, a, b, tolerance.tensor)
 
 
-def step_difference(
-    folders: tuple[Path, Path], parting: Parting, processes: Processes, *, layout: Layout, tolerance: float
-) -> StepDifference:
-    """Replay both runs to the step at which they part, which lies between two logged ones, and compare it. One process."""
-    assert processes.world_size == 1, "the caller checks this"
-    first = [replay(folder, parting.step, processes, layout=layout) for folder in folders]
-    step = next((s for s in sorted(first[0].losses.keys() & first[1].losses.keys()) if _parted(first, s, tolerance)), parting.step)
-    recorded = (_Recorded(), _Recorded())
-    replayed = [
-        replay(folder, step, processes, layout=layout, seen=record.module, parameters=record.parameter)
-        for folder, record in zip(folders, recorded, strict=True)
-    ]
-    a, b = recorded
+def compared(step: int, a: Recording, b: Recording, tolerance: float) -> StepDifference:
+    """One step of two runs. Tensors differ where they do by more than ``tolerance``, as a share of the largest value."""
+    same_layout = a.degrees == b.degrees
+    floor = SMALL_GRADIENT * max(_root_mean_square(side.parameter_gradients.values()) for side in (a, b))
+    output_floor = SMALL_GRADIENT * max(_root_mean_square(_values(side.output_gradients)) for side in (a, b))
     return StepDifference(
         step=step,
-        losses=(replayed[0].inspection.loss, replayed[1].inspection.loss),
-        rows_differ=_tokens(replayed[0]) != _tokens(replayed[1]),
-        parameters=_differences(a.parameters, b.parameters, tolerance),
-        n_parameters=len(a.parameters),
-        modules=_differences(a.outputs, b.outputs, tolerance),
-        n_modules=len(a.outputs),
+        losses=(a.losses[step], b.losses[step]),
+        rows_differ=a.tokens != b.tokens,
+        parameters=_samples(a.parameters, b.parameters, tolerance),
+        modules=_modules(a.outputs, b.outputs, tolerance, same_layout=same_layout),
+        gradients=_modules(a.output_gradients, b.output_gradients, tolerance, same_layout=same_layout, floor=output_floor),
+        parameter_gradients=_samples(a.parameter_gradients, b.parameter_gradients, tolerance, floor=floor),
     )
 
 
-def _parted(replayed: Sequence[Replayed], step: int, tolerance: float) -> bool:
-    return differ(replayed[0].losses[step], replayed[1].losses[step], tolerance)
+def _samples(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float, *, floor: float = 0.0) -> Compared:
+    """What differs, in the order of ``a``, then what only ``b`` has."""
+    shares = {name: _sample_share(x, b.get(name), floor) for name, x in a.items()} | {name: math.inf for name in b if name not in a}
+    return Compared(tuple(Difference(name, share) for name, share in shares.items() if share > tolerance), len(a))
 
 
-def _tokens(replayed: Replayed) -> list[list[list[int]]]:
-    return [row for batch in replayed.batches for row in batch.tokens_BT.tolist()]
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """The norm and up to SAMPLED values, fp64 on the host."""
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, -(-flat.numel() // SAMPLED))].double().cpu()
-    accumulated = torch.promote_types(flat.dtype, torch.float32)
-    return torch.cat([torch.linalg.vector_norm(flat, dtype=accumulated).double().cpu()[None], sample])
-
-
-def _differences(a: Mapping[str, Sequence[Tensor]], b: Mapping[str, Sequence[Tensor]], tolerance: float) -> tuple[Difference, ...]:
-    """What differs by more than ``tolerance``, in the order of ``a``, then what only ``b`` has."""
-    found = [Difference(name, _share(tensors, b.get(name))) for name, tensors in a.items()]
-    found += [Difference(name, math.inf) for name in b if name not in a]
-    return tuple(each for each in found if each.share > tolerance)
-
-
-def _share(a: Sequence[Tensor], b: Sequence[Tensor] | None) -> float:
-    if b is None or [t.shape for t in a] != [t.shape for t in b]:
-        return math.inf
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if torch.equal(x.isfinite(), y.isfinite()):
-            x, y = x[x.isfinite()], y[y.isfinite()]
-            largest = float(torch.maximum(x.abs().amax(), y.abs().amax())) if x.numel() else 0.0
-            worst = max(worst, float((x - y).abs().amax()) / largest if largest else 0.0)
+def _modules(
+    a: Mapping[str, list[Whole]], b: Mapping[str, list[Whole]], tolerance: float, *, same_layout: bool, floor: float = 0.0
+) -> Compared:
+    """The same of modules with several outputs. Sums of a process and the like are compared on the same layout alone."""
+    shares: dict[str, float] = {}
+    n_left_out = 0
+    for name in [*a, *(name for name in b if name not in a)]:
+        if name == ROOT and not same_layout:
+            n_left_out += 1
+            continue
+        if name not in a or name not in b or len(a[name]) != len(b[name]):
+            shares[name] = math.inf
+            continue
+        found = [_whole_share(x, y, floor, same_layout=same_layout) for x, y in zip(a[name], b[name], strict=True)]
+        known = [share for share in found if share is not None]
+        if found and not known:
+            n_left_out += 1
         else:
-            worst = math.inf
-    return worst
+            shares[name] = max(known, default=0.0)
+    return Compared(tuple(Difference(name, share) for name, share in shares.items() if share > tolerance), len(shares), n_left_out)
+
+
+def _whole_share(a: Whole, b: Whole, floor: float, *, same_layout: bool) -> float | None:
+    """None where the two cannot be compared."""
+    if a.values is not None and b.values is not None:
+        known = not math.isnan(a.norm) and not math.isnan(b.norm)
+        of_norm = _share(torch.tensor([a.norm]), torch.tensor([b.norm]), floor) if known else 0.0
+        return max(_share(a.values, b.values, floor), of_norm)
+    if same_layout:
+        pairs = zip(a.pieces, b.pieces, strict=True) if len(a.pieces) == len(b.pieces) else ()
+        return max((_sample_share(x, y, floor) for x, y in pairs), default=math.inf)
+    if a.only_piece is None or b.only_piece is None or len(a.only_piece) <= SCALAR:
+        return None
+    return _sample_share(a.only_piece, b.only_piece, floor)
+
+
+def _sample_share(a: Tensor, b: Tensor | None, floor: float) -> float:
+    """Of a norm and the values after it."""
+    return math.inf if b is None or a.shape != b.shape else max(_share(a[:1], b[:1], floor), _share(a[1:], b[1:], floor))
+
+
+def _share(a: Tensor, b: Tensor, floor: float) -> float:
+    """The largest difference as a share of the largest value, or of ``floor``."""
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return math.inf
+    x, y = a[a.isfinite()].double(), b[b.isfinite()].double()
+    largest = max(float(torch.maximum(x.abs().amax(), y.abs().amax())), floor) if x.numel() else 0.0
+    return float((x - y).abs().amax()) / largest if largest else 0.0
+
+
+def _values(outputs: Mapping[str, list[Whole]]) -> Iterator[Tensor]:
+    return (whole.values.double() for each in outputs.values() for whole in each if whole.values is not None)
+
+
+def _root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """Over the finite values of all."""
+    total, n = 0.0, 0
+    for tensor in tensors:
+        finite = tensor[tensor.isfinite()]
+        total, n = total + float(finite.square().sum()), n + finite.numel()
+    return math.sqrt(total / n) if n else 0.0

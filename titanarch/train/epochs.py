@@ -21,7 +21,14 @@ def check_next_step(loader: RowLoader, budget: Budget, *, allowed: bool) -> None
         check_repeats(loader.passes(loader.next_row + loader.layout.global_batch_size), allowed=False)
 
 
-def epochs_so_far(loader: RowLoader) -> float:
+def epochs_done(loader: RowLoader) -> float:
     """Passes over the data that are behind; of a mixture and of streams whole ones, those of the source that has had the fewest."""
     passes = loader.passes(loader.next_row)
     return passes[0].epochs if len(passes) == 1 else float(loader.epoch)
+
+
+def data_counts(loader: RowLoader) -> dict[str, int | float]:
+    """The metrics of the data so far: passes, over each source of a mixture too, and what was skipped where something was."""
+    passes = {"epoch": loader.epoch, **{f"epoch/{name}": passes for name, passes in loader.source_epochs.items()}}
+    skipped = loader.skipped
+    return {**passes, **({"skipped_documents": skipped.documents, "skipped_files": skipped.files} if any(skipped) else {})}

@@ -41,13 +41,25 @@ class HeldOut:
             for name, (split, n_rows) in wanted.items()
             if validation.enable and n_rows
         }
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        """The step after which it validated last, and the losses."""
 
-    def validate(self) -> dict[str, float]:
-        """Losses on the fixed rows, in nats a token; {} where validation is off."""
-        return {
+    def validate(self, step: int) -> dict[str, float]:
+        """Losses on the fixed rows after ``step``, in nats a token; {} where validation is off."""
+        losses = {
             name: validation_loss(self._model, batches, device=self._device, reduce=self._mesh.sum_over_data)[0]
             for name, batches in self.validation_sets.items()
         }
+        self._measured = (step, losses)
+        return losses
+
+    def losses_after(self, step: int) -> dict[str, float]:
+        """What was measured after ``step``; {} where nothing was."""
+        return self._measured[1] if self._measured[0] == step else {}
+
+    def forget(self) -> None:
+        """The run has gone back, and its steps will be others."""
+        self._measured = (-1, {})
 
     def evaluate(self) -> dict[str, Any]:
         """The tables of the evaluation as ``result.json`` holds them; empty where it is off."""

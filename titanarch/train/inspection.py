@@ -6,10 +6,11 @@ comes before what holds it, and their gradients when backward has them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,18 @@ from titanarch.train.step import TrainStep
 
 ROOT = "(the model)"
 
-Seen = Callable[[int, str, Sequence[Tensor]], None]
-"""Takes the number of the micro-batch, a module's name and its floating-point outputs, local and without gradient."""
+
+class Watcher(Protocol):
+    """Takes what a step computes on this process, while it does."""
+
+    def output(self, micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
+        """A module's floating-point outputs, local and without gradient; again where it is called again."""
+
+    def gradient(self, micro_batch: int, module: str, index: int, tensor: Tensor) -> None:
+        """The gradient of output number ``index`` of all that a module gave in the micro-batch."""
+
+    def parameter_gradients(self, model: nn.Module) -> None:
+        """Called once they are whole. Collective."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 class _Probe:
     """Hooks on every module of ``model``, in place while the context is entered. What activations are recomputed for is left out."""
 
-    def __init__(self, model: nn.Module, seen: Seen, differentiated: Seen) -> None:
-        self._model, self._seen, self._differentiated = model, seen, differentiated
+    def __init__(self, model: nn.Module, watchers: Sequence[Watcher]) -> None:
+        self._model, self._watchers = model, watchers
         self._micro_batch = -1
+        self._n_outputs: Counter[str] = Counter()
+        """Of each module in this micro-batch so far."""
         self._is_forward = False
 
     @contextmanager
@@ -106,6 +119,7 @@ class _Probe:
 
     def _begin(self, *_: object) -> None:
         self._micro_batch += 1
+        self._n_outputs.clear()
         self._is_forward = True
 
     def _hook(self, name: str, *, is_root: bool) -> Callable[[nn.Module, Any, Any], None]:
@@ -113,31 +127,50 @@ class _Probe:
             if not self._is_forward:
                 return
             found = list(tensors_of(output))
-            self._seen(self._micro_batch, name, [shard_of(tensor.detach()) for tensor in found])
-            number = self._micro_batch
-            for tensor in found:
+            for watcher in self._watchers:
+                watcher.output(self._micro_batch, name, [shard_of(tensor.detach()) for tensor in found])
+            for index, tensor in enumerate(found, self._n_outputs[name]):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda grad: self._differentiated(number, name, [shard_of(grad.detach())]))
+                    tensor.register_hook(self._gradient_hook(self._micro_batch, name, index))
+            self._n_outputs[name] += len(found)
             if is_root:
                 self._is_forward = False
 
         return hook
 
+    def _gradient_hook(self, micro_batch: int, name: str, index: int) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            for watcher in self._watchers:
+                watcher.gradient(micro_batch, name, index, shard_of(grad.detach()))
+
+        return hook
+
 
 class _FirstBad:
-    """Remembers the first tensors that are not finite, and when each module came last."""
+    """Remembers the first tensors that are not finite, of outputs and of gradients, and when backward came to each module last."""
 
     def __init__(self, process: int) -> None:
-        self.place: Place | None = None
+        self.forward: Place | None = None
+        self.backward: Place | None = None
         self.order: dict[str, int] = {}
         self._process = process
-        self._calls = 0
+        self._n_outputs, self._n_gradients = 0, 0
 
-    def __call__(self, micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
-        self.order[module] = self._calls
-        if self.place is None and not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            self.place = Place(micro_batch, self._calls, module, self._process)
-        self._calls += 1
+    def output(self, micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
+        self.forward = self.forward or self._bad(Place(micro_batch, self._n_outputs, module, self._process), tensors)
+        self._n_outputs += 1
+
+    def gradient(self, micro_batch: int, module: str, _index: int, tensor: Tensor) -> None:
+        self.order[module] = self._n_gradients
+        self.backward = self.backward or self._bad(Place(micro_batch, self._n_gradients, module, self._process), [tensor])
+        self._n_gradients += 1
+
+    def parameter_gradients(self, model: nn.Module) -> None:
+        return
+
+    @staticmethod
+    def _bad(place: Place, tensors: Sequence[Tensor]) -> Place | None:
+        return None if all(bool(tensor.isfinite().all()) for tensor in tensors) else place
 
 
 @contextmanager
@@ -152,26 +185,19 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def inspect(train_step: TrainStep, batches: Sequence[Batch], processes: Processes, seen: Seen | None = None) -> Inspection:
-    """Compute the gradients of ``batches`` again, and drop them. Collective.
-
-    ``seen``: takes every module's outputs too, in forward order.
-    """
-    model = train_step.model
-    forward, backward = _FirstBad(processes.rank), _FirstBad(processes.rank)
-
-    def in_forward(micro_batch: int, module: str, tensors: Sequence[Tensor]) -> None:
-        forward(micro_batch, module, tensors)
-        if seen is not None:
-            seen(micro_batch, module, tensors)
-
+def inspect(train_step: TrainStep, batches: Sequence[Batch], processes: Processes, watcher: Watcher | None = None) -> Inspection:
+    """Compute the gradients of ``batches`` again, and drop them. Collective. ``watcher``: looks on."""
+    model, bad = train_step.model, _FirstBad(processes.rank)
+    watchers: list[Watcher] = [bad] if watcher is None else [bad, watcher]
     train_step.optimizers.zero_grad()
-    with unchanged(model), _Probe(model, in_forward, backward).attached():
+    with unchanged(model), _Probe(model, watchers).attached():
         loss, _ = train_step.backward(batches)
     norms = norms_by_layer(model, train_step.scaler.scale)
-    parameters = _not_finite(model, backward.order)
+    for each in watchers:
+        each.parameter_gradients(model)
+    parameters = _not_finite(model, bad.order)
     train_step.optimizers.zero_grad()
-    found = processes.gather((loss.item(), forward.place, backward.place, parameters))
+    found = processes.gather((loss.item(), bad.forward, bad.backward, parameters))
     return Inspection(
         loss=sum(each[0] for each in found),
         norm=math.sqrt(sum(norm * norm for norm in norms.values())),

@@ -1,10 +1,7 @@
 """A step of a run once more, from its nearest earlier checkpoint, on any layout and in any dtype. Nothing is written."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from titanarch.checkpoint.store import load
 from titanarch.config.errors import ConfigError, Problem
@@ -13,11 +10,11 @@ from titanarch.data.batch import Batch
 from titanarch.parallel.config import ParallelismConfig
 from titanarch.train.bad_reports import StepRows
 from titanarch.train.check import check_run
-from titanarch.train.inspection import Inspection, Seen, inspect
-from titanarch.train.local_optimizers import shard_of
+from titanarch.train.inspection import Inspection, inspect
+from titanarch.train.metrics.files import read_json
 from titanarch.train.metrics.rows import read_rows
-from titanarch.train.names import plain_name
 from titanarch.train.processes import Processes
+from titanarch.train.recording import Recorder, token_places
 from titanarch.train.run_config import DType, RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.setup import checkpoint_location
@@ -37,7 +34,7 @@ class Layout:
 class Replayed:
     """Step ``step``, from the checkpoint of ``start`` (0: the initial weights).
 
-    ``losses``: of the steps between, by step, and of this one. ``batches``: this process's rows of it.
+    ``losses``: of the steps between, by step, and of this one.
     """
 
     step: int
@@ -45,11 +42,6 @@ class Replayed:
     rows: StepRows
     losses: dict[int, float]
     inspection: Inspection
-    batches: list[Batch]
-
-
-Watching = Callable[[str, Tensor], None]
-"""Takes the name and this process's part of each parameter, as it is before the step."""
 
 
 def replay(
@@ -59,12 +51,11 @@ def replay(
     *,
     layout: Layout | None = None,
     rolled_back: bool = False,
-    seen: Seen | None = None,
-    parameters: Watching | None = None,
+    recorder: Recorder | None = None,
 ) -> Replayed:
     """Make step number ``step`` of the run in ``folder`` again, but for its update. Collective.
 
-    ``rolled_back``: the attempt that the run went back from, where it has one. ``seen``: see ``inspect``. Raises
+    ``rolled_back``: the attempt that the run went back from, where it has one. ``recorder``: takes what the step computes. Raises
     ConfigError where there is no such run or step, or ``layout`` does not fit.
     """
     if step < 1:
@@ -80,21 +71,58 @@ def replay(
             trainer.data.pass_rows(_first_row_after_roll_back(folder, start, step))
         losses = _steps_before(trainer, step, processes)
         batches = _draw(trainer)
-        for name, parameter in trainer.model.named_parameters():
-            if parameters is not None:
-                parameters(plain_name(name), shard_of(parameter.detach()))
-        inspection = inspect(trainer.train_step, batches, trainer.checkpointer.processes, seen)
-        return Replayed(step, start, trainer.recovery.last_rows, {**losses, step: inspection.loss}, inspection, batches)
+        if recorder is not None:
+            _begin(recorder, trainer, batches)
+        inspection = inspect(trainer.train_step, batches, trainer.checkpointer.processes, recorder)
+        return Replayed(step, start, trainer.recovery.last_rows, {**losses, step: inspection.loss}, inspection)
     finally:
         trainer.loader.close()
         trainer.checkpointer.close()
 
 
-def replayed_config(folder: Path, layout: Layout) -> RunConfig:
-    """The run's configuration, with ``layout`` and without what it would write."""
+def _begin(recorder: Recorder, trainer: Trainer, batches: list[Batch]) -> None:
+    """Tell ``recorder`` of the step of ``batches``."""
+    places = token_places(
+        trainer.mesh,
+        batches[0].tokens_BT.shape[1],
+        head_tail=trainer.division.head_tail,
+        sequence_parallel=trainer.config.parallelism.enable_sequence_parallel,
+    )
+    recorder.begin(trainer.model, trainer.mesh, batches, first_row=trainer.recovery.last_rows.first, places=places)
+
+
+@dataclass(frozen=True)
+class RecordedLayout:
+    """The processes of a run's last start, how its model lay on them, and the dtype of its products."""
+
+    n_processes: int
+    parallelism: ParallelismConfig
+    dtype: DType
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{key} {value}" for key, value in self.parallelism.model_dump(exclude_defaults=True).items())
+        return f"{self.n_processes} process{'es' if self.n_processes > 1 else ''}{f' ({told})' if told else ''}"
+
+
+def recorded_layout(folder: Path) -> RecordedLayout:
+    """That of the run in ``folder``. ConfigError where there is none."""
+    config = _config_of(folder)
+    starts = [int(path.stem.removeprefix("start-")) for path in (folder / "configs").glob("start-*.json")]
+    started = read_json(folder / "configs" / f"start-{max(starts)}.json") if starts else {"n_processes": 1}
+    dtype = config.training.mixed_precision_param
+    assert dtype != "auto", "config.toml is resolved"
+    return RecordedLayout(int(started["n_processes"]), config.parallelism, dtype)
+
+
+def _config_of(folder: Path) -> RunConfig:
     if not (folder / "config.toml").is_file():
         raise ConfigError(Problem(f"{folder} holds no config.toml, so it is no run; give the dump_folder of a run"))
-    config = load_config(folder / "config.toml", (), RunConfig).config
+    return load_config(folder / "config.toml", (), RunConfig).config
+
+
+def replayed_config(folder: Path, layout: Layout) -> RunConfig:
+    """The run's configuration, with ``layout`` and without what it would write."""
+    config = _config_of(folder)
     changed = {"mixed_precision_param": layout.dtype, "local_batch_size": layout.local_batch_size}
     return config.model_copy(
         update={

@@ -20,7 +20,7 @@ from titanarch.contract.model import MODELS, Model
 from titanarch.contract.roles import Role, roles_of
 from titanarch.data.tokenizers import Tokenizer, build_tokenizer
 from titanarch.parallel.apply import materialize, parallelize
-from titanarch.parallel.check import decide_division
+from titanarch.parallel.check import Division, decide_division
 from titanarch.parallel.config import ParallelismConfig
 from titanarch.parallel.float8 import float8_notes
 from titanarch.parallel.mesh import Mesh, build_mesh, resolve_degrees
@@ -35,12 +35,13 @@ from titanarch.train.run_config import RunConfig
 class LaidOut:
     """A model divided over processes, on the meta device; ``names``, ``roles``, ``growth`` and ``cost`` are those of the bare model.
 
-    ``growth``: of each parameter against the base model of mup; None without one. ``notes``: what was decided where the configuration
-    left it open.
+    ``division``: how. ``growth``: of each parameter against the base model of mup; None without one. ``notes``: what was decided where
+    the configuration left it open.
     """
 
     model: Model
     mesh: Mesh
+    division: Division
     names: dict[nn.Module, str]
     roles: dict[str, Role]
     cost: Cost
@@ -75,7 +76,7 @@ def lay_out(config: RunConfig, vocab_size: int, *, world_size: int, device_type:
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
     notes = division.notes + float8_notes(config.quantize.linear.float8, device_type)
-    return LaidOut(model, mesh, names, roles, cost, notes, growth)
+    return LaidOut(model, mesh, division, names, roles, cost, notes, growth)
 
 
 def kernel_notes(model: Model, device_type: str, *, compiled: bool) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from titanarch.train.bad_reports import StepRows
 from titanarch.train.budget import build_budget
 from titanarch.train.check import vocabulary
 from titanarch.train.ending import Ending
-from titanarch.train.epochs import check_next_step, epochs_so_far, planned_epochs
+from titanarch.train.epochs import check_next_step, data_counts, epochs_done, planned_epochs
 from titanarch.train.gradients import GradientClipper, LossScaler
 from titanarch.train.guard import BadGradientError, BadStep, GradientGuard
 from titanarch.train.held_out import HeldOut
@@ -36,6 +36,7 @@ from titanarch.train.progress import DataState, Progress
 from titanarch.train.recovery import Recovery
 from titanarch.train.reproducibility import GarbageCollection, seed_global_generators, set_deterministic
 from titanarch.train.resolve import local_batch_size, param_dtype
+from titanarch.train.result import sizes, training_flops
 from titanarch.train.run_config import RunConfig
 from titanarch.train.run_folder import RunFolder
 from titanarch.train.schedules import build_schedule
@@ -57,7 +58,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.data.tokenizer)
         vocab_size = vocabulary(config, self.tokenizer.vocab_size)
         built = build_model(config, processes, vocab_size)
-        self.model, self.mesh, self.cost, self.notes = built.model, built.mesh, built.cost, built.notes
+        self.model, self.mesh, self.division, self.cost, self.notes = built.model, built.mesh, built.division, built.cost, built.notes
         self.phases = training.run_phases(self.mesh.degrees.data_parallel)
         self.flops_per_token = {
             phase.seq_len: MODELS.of(config.model).cost(config.model, vocab_size, phase.seq_len).training_flops_per_token
@@ -133,6 +134,7 @@ class Trainer:
             stack.callback(self.checkpointer.close)
             stack.callback(self.loader.close)
             stack.enter_context(self.processes.watch.explained())  # before the others are waited for in what closes
+            stack.enter_context(self.watchdog)
             first_step = self._resume()
             if self.config.data.ledger:
                 self.ledger = self._open_ledger()
@@ -148,12 +150,9 @@ class Trainer:
             for note in self.notes:
                 self.log.event(note)
             self.meter.start(self.budget.fraction)
-            profiler = stack.enter_context(
-                Profiler(
-                    self.config.profiling, self.folder.path, rank=self.processes.rank, device=self.processes.device, start_step=first_step
-                )
-            )
-            stack.enter_context(self.watchdog)
+            rank, device = self.processes.rank, self.processes.device
+            profiler = Profiler(self.config.profiling, self.folder.path, rank=rank, device=device, start_step=first_step)
+            stack.enter_context(profiler)
             garbage = stack.enter_context(GarbageCollection(self.config.training.gc_freq))
             with self.stopping:
                 try:
@@ -164,13 +163,14 @@ class Trainer:
                     raise
                 losses = self._validate() if self.budget.done or not self.stopping.signal else {}
                 if self.stopping.ask():
-                    self._end_early(losses)
+                    self._end_early(first_step)
                 if self.config.checkpoint.last_save and self.progress.step > first_step:
-                    self._save(losses, last=True)
+                    self._save_last()
             result = self._result(losses, started)
             if self.processes.is_main:
                 self.folder.write_result(result)
-            self.checkpointer.wait()
+            with self.watchdog.saving(self.progress.step):
+                self.checkpointer.wait()
             self._log_saved()
             self.log.close(result)
         return result
@@ -217,7 +217,7 @@ class Trainer:
             check_next_step(self.loader, self.budget, allowed=self.config.data.allow_repeat)
         except ConfigError:
             if self.config.checkpoint.last_save and saves:
-                self._save({}, last=True)
+                self._save_last()
             raise
 
     def draw(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -246,28 +246,28 @@ class Trainer:
         if self.config.metrics.is_logged(step) or is_last:
             self.guard.check()
             row = self.meter.row(step, tokens=self.progress.tokens, fraction=self.budget.fraction)
-            counts = {"lr": self.optimizers.lr, "epoch": self.loader.epoch, "skipped_steps": self.guard.skipped + self.scaler.overflows}
-            epochs = {f"epoch/{name}": passes for name, passes in self.loader.source_epochs.items()}
-            skipped = self.loader.skipped
-            lacking = {"skipped_documents": skipped.documents, "skipped_files": skipped.files} if any(skipped) else {}
-            self.log.log({**row, **counts, **epochs, **lacking})
-        losses = self._validate() if self._validates(step) and not is_last else {}
+            counts = {"lr": self.optimizers.lr, "skipped_steps": self.guard.skipped + self.scaler.overflows}
+            self.log.log({**row, **counts, **data_counts(self.loader)})
+        if self._validates(step) and not is_last:
+            self._validate()
         if self.checkpointer.due(step) and not is_last:
-            self._save(losses, last=False)
+            self._save(last=False)
 
     def _validates(self, step: int) -> bool:
         return self.config.validation.enable and step % self.config.validation.interval == 0
 
-    def _end_early(self, losses: dict[str, float]) -> NoReturn:
-        """Save what is not saved yet, and raise ToldToEnd. ``losses``: as for ``_save``."""
-        failure = self.checkpointer.wait_for_all()
+    def _end_early(self, first_step: int) -> NoReturn:
+        """Save what is not saved yet, and raise ToldToEnd. ``first_step``: which this start went on from."""
+        with self.watchdog.saving(self.progress.step):
+            failure = self.checkpointer.wait_for_all()
         if failure:
             self.log.event(f"the last checkpoint failed, and the state is saved again: {failure}")
         if failure or self.recovery.good_step != self.progress.step:
-            self._save(losses, last=True)
+            self._save(last=True)
         self._log_saved()
-        if self._validates(self.progress.step) and not losses:
-            self._validate()  # late, since whoever told the run to end waits for the checkpoint alone
+        if self._validates(self.progress.step) and self.progress.step > first_step:
+            self._validate()  # late, since whoever told the run to end may wait for no more than the checkpoint
+            self._save_last()
         raise ToldToEnd(self.stopping.signal, self.progress.step, saves=self.config.checkpoint.enable, speaks=self.processes.is_main)
 
     def _roll_back(self, bad: BadStep) -> None:
@@ -277,6 +277,7 @@ class Trainer:
         self.recovery.roll_back(self.state(), self.checkpointer.wait)
         self.budget.load_state_dict(spent)
         self.budget.roll_back(self.progress.step, self.progress.tokens)
+        self.held_out.forget()
         if self.ledger is not None:
             self.ledger.rolled_back(self.progress.step)
         self.log.close()
@@ -286,12 +287,13 @@ class Trainer:
         self.meter.start(self.budget.fraction)
 
     def _validate(self) -> dict[str, float]:
-        """Losses on the fixed rows, logged; {} where validation is off."""
-        if not self.held_out.validation_sets:
-            return {}
-        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
-            losses = self.held_out.validate()
-        self.log.log({"step": self.progress.step, "tokens": self.progress.tokens, **losses})
+        """Losses on the fixed rows, measured once after a step, and logged; {} where validation is off."""
+        step = self.progress.step
+        losses = self.held_out.losses_after(step)
+        if self.held_out.validation_sets and not losses:
+            with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.validating(step):
+                losses = self.held_out.validate(step)
+            self.log.log({"step": step, "tokens": self.progress.tokens, **losses})
         return losses
 
     def state(self) -> dict[str, Any]:
@@ -304,23 +306,31 @@ class Trainer:
             "random": RandomState(self.checkpointer.processes),
         }
 
-    def _save(self, losses: dict[str, float], *, last: bool) -> None:
-        """``losses``: as ``_validate`` measured them at this step; {} where it did not."""
+    def _save_last(self) -> None:
+        """Save, but where that was done after this step: then its checkpoint is told the loss that was measured since."""
+        step = self.progress.step
+        if self.recovery.good_step != step:
+            self._save(last=True)
+        elif loss := self.held_out.losses_after(step).get("validation_loss"):
+            with self.watchdog.saving(step):
+                self.checkpointer.note_loss(step, loss)
+
+    def _save(self, *, last: bool) -> None:
+        """A checkpoint of the last step, with the validation loss that was measured after it."""
         self.guard.check()
         if self.ledger is not None:
             self.ledger.sync()
-        loss = losses.get("validation_loss")
-        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.paused():
-            state, text = self.state(), dump_toml(self.config)
-            self.checkpointer.save(self.progress.step, state, config_text=text, validation_loss=loss, force_sync=last)
+        loss = self.held_out.losses_after(self.progress.step).get("validation_loss")
+        with self.meter.paused(), self.budget.stopwatch.paused(), self.watchdog.saving(self.progress.step):
+            text = dump_toml(self.config)
+            self.checkpointer.save(self.progress.step, self.state(), config_text=text, validation_loss=loss, force_sync=last)
         self.recovery.good_step = self.progress.step
         self._log_saved()
 
     def _log_saved(self) -> None:
         """A row and a sentence for each save that is committed by now; the row's step is that of the checkpoint."""
         for saved in self.checkpointer.take_saved():
-            seconds = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_upload_seconds": saved.upload_seconds}
-            self.log.log({"step": saved.step, **seconds})
+            self.log.log({"step": saved.step, **saved.seconds})
             self.log.event(str(saved))
 
     def _resume(self) -> int:
@@ -338,7 +348,7 @@ class Trainer:
             elif initial:
                 self.log.event(f"started from the weights of {initial.path} (step {initial.step})")
         if self.recovery.needs_checkpoint and loaded is None:
-            self._save({}, last=False)
+            self._save(last=False)
         return step
 
     def _open_ledger(self) -> Ledger:
@@ -372,13 +382,10 @@ class Trainer:
             "run": str(self.folder.path),
             "step": self.progress.step,
             "tokens": self.progress.tokens,
-            "epochs": epochs_so_far(self.loader),
+            "epochs": epochs_done(self.loader),
             **({"source_epochs": epochs} if (epochs := self.loader.source_epochs) else {}),
-            "parameters": self.cost.parameters,
-            "non_embedding_parameters": self.cost.non_embedding_parameters,
-            "active_parameters": self.cost.active_parameters,
-            "forward_flops_per_token": self.cost.forward_flops_per_token,
-            "training_flops": self._training_flops(),
+            **sizes(self.cost),
+            "training_flops": training_flops(self.phases, self.loader.next_row, self.progress.tokens, self.flops_per_token),
             "skipped_steps": self.guard.skipped + self.scaler.overflows,
             **self.meter.totals(),
             "wall_seconds": time.monotonic() - started,
@@ -386,12 +393,6 @@ class Trainer:
             **evaluation,
             "environment": environment_record(device=self.processes.device, n_processes=self.processes.world_size),
         }
-
-    def _training_flops(self) -> float:
-        """Of all tokens that were trained on, lengths in the shares that the rows so far have."""
-        tokens = [(length, rows * length) for length, rows in self.phases.state(self.loader.next_row)]
-        flops = sum(n * self.flops_per_token[length] for length, n in tokens)
-        return flops / max(sum(n for _, n in tokens), 1) * self.progress.tokens
 
 
 def run_path(config: RunConfig) -> Path:

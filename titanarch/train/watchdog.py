@@ -1,9 +1,10 @@
-"""A step that hangs: every process leaves its stacks in the run's folder, and the run ends so that its launcher starts it again.
+"""A step, validation or save that hangs: every process leaves its stacks in the run's folder, and the run ends so that its launcher
+starts it again.
 
 ::
 
     heartbeat.json                             the last step done, when, and by which process; about once a second
-    hangs/step-00000007-rank0.txt              the Python stacks of process 0, which was in step 7
+    hangs/step-00000007-rank0.txt              the Python stacks of process 0, which was in step 7, or in what came after it
     hangs/step-00000007-rank0-collectives.json on CUDA: what its collectives did last (torch's flight recorder)
 """
 
@@ -17,7 +18,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,24 +32,52 @@ HEARTBEAT_FILE = "heartbeat.json"
 FOLDER = "hangs"
 HEARTBEAT_SECONDS = 1.0
 LOOK_SECONDS = 1.0
-MEDIAN_STEPS = 50
+MEDIAN_OF = 50
 RECORDER = "_dump_nccl_trace_json"
 
 
-class StepWatchdog:
-    """Looks from a thread at how long a step of this process takes; entered for the life of the loop.
+@dataclass
+class _Work:
+    """One kind of work. ``name`` says what it is, with the step's number in it; ``seconds``: what it may take, by ``key``; 0: no limit.
 
-    The limit is comm.step_timeout_seconds, or comm.step_timeout_factor times the median of the last steps if that is more;
-    comm.init_timeout_seconds, if it is more, for the first step of a start, which compiles. What is inside ``paused``
-    (validation, saving) has no limit. The thread of a process that is stopped sees the time when it goes on.
+    ``first_seconds``: the same before any was done. ``durations``: of the last ones.
+    """
+
+    name: str
+    key: str
+    seconds: float
+    factor: float
+    first_seconds: float = 0.0
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OF))
+
+    @property
+    def limit_seconds(self) -> float:
+        if not self.seconds:
+            return float("inf")
+        usual = self.factor * statistics.median(self.durations) if self.durations else self.first_seconds
+        return max(self.seconds, usual)
+
+
+class StepWatchdog:
+    """Looks from a thread at how long a step, a validation or a save of this process takes; entered for the life of the loop.
+
+    The limits are comm.step_timeout_seconds, comm.validation_timeout_seconds and comm.save_timeout_seconds, or
+    comm.step_timeout_factor times the median of the last ones of the kind if that is more; comm.init_timeout_seconds, if it is more,
+    for the first step of a start, which compiles. What a step waits for inside ``validating``, ``saving`` and ``paused`` is not its own;
+    what is ``paused`` has no limit. The thread of a process that is stopped sees the time when it goes on.
     """
 
     def __init__(self, config: CommConfig, watch: Watch, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """``folder``: of the run. ``clock``: seconds from any origin."""
-        self._config, self._watch, self._folder, self._clock = config, watch, folder, clock
-        self._durations: deque[float] = deque(maxlen=MEDIAN_STEPS)
-        self._running: tuple[int, float] | None = None
-        """The step under way, and the clock at its begin less what it took before a pause."""
+        self._watch, self._folder, self._clock = watch, folder, clock
+        factor, first = config.step_timeout_factor, float(config.init_timeout_seconds)
+        self._steps = _Work("step {}", "comm.step_timeout_seconds", config.step_timeout_seconds, factor, first)
+        self._validations = _Work(
+            "the validation after step {}", "comm.validation_timeout_seconds", config.validation_timeout_seconds, factor
+        )
+        self._saves = _Work("the save after step {}", "comm.save_timeout_seconds", config.save_timeout_seconds, factor)
+        self._running: tuple[_Work, float] | None = None
+        """What is under way, and the clock at its begin; of a step, less what it took before a pause."""
         self._step = 0
         self._last_beat = -HEARTBEAT_SECONDS
         self._closed = threading.Event()
@@ -56,8 +86,10 @@ class StepWatchdog:
 
     def __enter__(self) -> "StepWatchdog":
         self._watch.on_end = self.dump
-        if self._config.step_timeout_seconds:
-            self._thread = threading.Thread(target=self._look, name="step watchdog", daemon=True)
+        limits = [work.seconds for work in (self._steps, self._validations, self._saves) if work.seconds]
+        if limits:
+            every_seconds = min(LOOK_SECONDS, min(limits) / 4)
+            self._thread = threading.Thread(target=self._look, args=(every_seconds,), name="step watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -70,28 +102,23 @@ class StepWatchdog:
 
     @property
     def limit_seconds(self) -> float:
-        """How long the step under way may take; inf where comm.step_timeout_seconds is 0."""
-        least = float(self._config.step_timeout_seconds)
-        if not least:
-            return float("inf")
-        if not self._durations:
-            return max(least, float(self._config.init_timeout_seconds))
-        return max(least, self._config.step_timeout_factor * statistics.median(self._durations))
+        """How long a step may take; inf where comm.step_timeout_seconds is 0."""
+        return self._steps.limit_seconds
 
     def begin(self, step: int) -> None:
         """Step number ``step`` is under way."""
         self._step = step
-        self._running = (step, self._clock())
+        self._running = (self._steps, self._clock())
 
     def end(self) -> None:
         """The step is done. Process 0 says so in heartbeat.json."""
         assert self._running is not None, "begin comes first"
-        (step, started), now = self._running, self._clock()
+        (_, started), now = self._running, self._clock()
         self._running = None
-        self._durations.append(now - started)
+        self._steps.durations.append(now - started)
         if self._watch.rank == 0 and now - self._last_beat >= HEARTBEAT_SECONDS:
             self._last_beat = now
-            _write_heartbeat(self._folder / HEARTBEAT_FILE, step)
+            _write_heartbeat(self._folder / HEARTBEAT_FILE, self._step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -104,15 +131,35 @@ class StepWatchdog:
             if running is not None:
                 self._running = (running[0], running[1] + self._clock() - now)
 
+    def validating(self, step: int) -> AbstractContextManager[None]:
+        """What happens inside is the validation after ``step``."""
+        return self._doing(self._validations, step)
+
+    def saving(self, step: int) -> AbstractContextManager[None]:
+        """What happens inside is the save after ``step``, or the wait for its upload."""
+        return self._doing(self._saves, step)
+
+    @contextmanager
+    def _doing(self, work: _Work, step: int) -> Iterator[None]:
+        with self.paused():
+            self._step, started = step, self._clock()
+            self._running = (work, started)
+            try:
+                yield
+                work.durations.append(self._clock() - started)
+            finally:
+                self._running = None
+
     def overdue(self) -> str | None:
-        """What is wrong where the step under way is over its limit."""
+        """What is wrong where what is under way is over its limit."""
         running = self._running
         if running is None:
             return None
-        taken, limit = self._clock() - running[1], self.limit_seconds
-        if taken <= limit:
+        work, started = running
+        limit = work.limit_seconds
+        if self._clock() - started <= limit:
             return None
-        return f"step {running[0]} takes longer than {limit:g} s (comm.step_timeout_seconds): it hangs"
+        return f"{work.name.format(self._step)} takes longer than {limit:g} s ({work.key}): it hangs"
 
     def dump(self) -> None:
         """Write the stacks of this process, and on CUDA its last collectives; once, whoever asks for it."""
@@ -131,8 +178,8 @@ class StepWatchdog:
         except (OSError, RuntimeError, AttributeError) as error:  # torch's recorder is private; the run must end whatever it does
             print(f"titanarch: process {rank} could not write all of {folder / name}: {error}", file=sys.stderr, flush=True)
 
-    def _look(self) -> None:
-        while not self._closed.wait(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4)):
+    def _look(self, every_seconds: float) -> None:
+        while not self._closed.wait(every_seconds):
             why = self.overdue()
             if why is not None:
                 self.dump()
