@@ -311,7 +311,7 @@ class Trainer:
         step = self.progress.step
         if self.recovery.good_step != step:
             self._save(last=True)
-        elif loss := self.held_out.losses_after(step).get("validation_loss"):
+        elif (loss := self.held_out.losses_after(step).get("validation_loss")) is not None:
             with self.watchdog.saving(step):
                 self.checkpointer.note_loss(step, loss)
 
