@@ -130,6 +130,7 @@ def libraries() -> list[tuple[str, str, Callable[[str], Sized]]]:
         ("sentencepiece", "to an array", pieces.encode_as_numpy),
         ("sentencepiece", "to a list", pieces.encode),
         ("hf", "to a list", lambda text: pairs.encode(text, add_special_tokens=False).ids),
+        ("hf", "to a list without offsets", lambda text: pairs.encode_batch_fast([text], add_special_tokens=False)[0].ids),
     ]
 
 

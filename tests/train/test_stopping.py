@@ -159,7 +159,7 @@ def note_what_is_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (is_told, 4, 99, 138, ["validate 2", "save 4", "validate 4"]),
         (is_told, 3, 99, 138, ["validate 2", "save 3"]),
         (runs_out, 4, 4, 0, ["validate 2", "validate 4", "save 4"]),
-        (runs_out, 3, 3, 0, ["validate 2", "save 3", "validate 3"]),
+        (runs_out, 3, 3, 0, ["validate 2", "validate 3", "save 3"]),
         (runs_out, 3, 99, 0, ["validate 2", "validate 3", "save 3"]),
         (repeats, 4, 99, 2, ["validate 2", "validate 4", "save 4"]),
         (repeats, 4, 4, 2, ["validate 2", "validate 4", "save 4"]),
