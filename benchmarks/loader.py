@@ -134,25 +134,41 @@ def libraries() -> list[tuple[str, str, Callable[[str], Sized]]]:
     ]
 
 
-def against_the_tokenizer(path: Path, kind: str, alone: tuple[str, Callable[[str], Sized]], *, n_tokens: int, n_rounds: int) -> Comparison:
-    """Streamed rows against encoding the same texts, ``n_tokens`` tokens each; a source begins anew where it ends."""
+def against_the_tokenizer(
+    path: Path, kind: str, alone: tuple[str, Callable[[str], Sized]], *, rows: bool, n_tokens: int, n_rounds: int
+) -> Comparison:
+    """Streamed rows against encoding the same texts, ``n_tokens`` tokens each; a source begins anew where it ends.
+
+    Without ``rows``, texts that are read and tokenized and no more, which is what any loader of them does.
+    """
     source = {"kind": "jsonl", "paths": [str(path)]}
     config = DataConfig.model_validate({"source": source, "mode": "streamed", "allow_repeat": True, "tokenizer": {"kind": kind}})
     name, encode = alone
     texts = [record_["text"] for record_ in map(json.loads, path.read_text("utf-8").splitlines())]
 
-    loader, left = loader_of(config, build_tokenizer(config.tokenizer)), cycle(texts)
+    tokenizer = build_tokenizer(config.tokenizer)
+    loader, source_texts, left = loader_of(config, tokenizer), read_texts(config), cycle(texts)
+    n_batches = n_tokens // (ROWS * SEQ_LEN)
 
     def streamed() -> None:
-        for _ in range(n_tokens // (ROWS * SEQ_LEN)):
+        for _ in range(n_batches):
             next(loader)
 
-    def raw() -> None:
-        wanted = n_tokens // (ROWS * SEQ_LEN) * ROWS * SEQ_LEN
+    def tokenized(texts: Iterator[str], encode: Callable[[str], Sized], n_more: int) -> None:
+        wanted = n_batches * ROWS * SEQ_LEN
         while wanted > 0:
-            wanted -= len(encode(next(left))) + 1
+            wanted -= len(encode(next(texts))) + n_more
 
-    return compare((f"streamed rows of {path.stem}", streamed), (f"{kind} alone, {name}", raw), n_rounds=n_rounds)
+    first = streamed if rows else lambda: tokenized(source_texts, tokenizer.encode_document, 0)
+    what = "streamed rows of" if rows else "read and tokenized alone,"
+    return compare((f"{what} {path.stem}", first), (f"{kind} alone, {name}", lambda: tokenized(left, encode, 1)), n_rounds=n_rounds)
+
+
+def read_texts(config: DataConfig) -> Iterator[str]:
+    """Those of the source, again and again."""
+    while True:
+        source = SplitSource(config, "train")
+        yield from map(source.text, source.records())
 
 
 def streamed_going_on(path: Path, tokenizer: Tokenizer, *, n_rounds: int) -> dict[str, Any]:
@@ -195,8 +211,10 @@ def main() -> None:
         pieces = write_pieces(folder / "pieces.jsonl", PIECE_CHARACTERS)
         results.append(streamed_going_on(pieces, tokenizer, n_rounds=options.rounds))
         for path in (pieces, write_pieces(folder / "whole documents.jsonl", 0)):
-            for kind, how, encode in libraries():
-                compared = against_the_tokenizer(path, kind, (how, encode), n_tokens=options.text_tokens, n_rounds=options.rounds)
+            calls = libraries()
+            for rows, (kind, how, encode) in [(False, calls[0]), *((True, each) for each in calls)]:
+                alone, n_tokens = (how, encode), options.text_tokens
+                compared = against_the_tokenizer(path, kind, alone, rows=rows, n_tokens=n_tokens, n_rounds=options.rounds)
                 print(compared.summary())
                 results.append(compared)
     if options.record:
