@@ -1,10 +1,9 @@
 """Streamed rows: documents tokenized on the fly, in R logical streams.
 
 Document i of a split, in the order that ``Shuffle`` gives it, goes to stream i mod R. A stream is its documents end to
-end; its rows are windows of T + 1 tokens, T apart; or each document is a row, padded; or groups of documents are packed by best
-fit. At the end of the source every
-stream begins it again. One reader goes through the source once for all the streams it serves; the documents of a
-stream that is behind are put aside meanwhile.
+end, and its rows are windows of T + 1 tokens, T apart; or each document is a row, padded; or groups of documents are
+packed by best fit. At the end of the source every stream begins it again. One reader goes through the source once for
+all the streams it serves; the documents of a stream that is behind are put aside meanwhile.
 """
 
 import sys
@@ -103,8 +102,8 @@ class _Stream:
     """A stream: the document it goes on with, and those put aside for it.
 
     ``at``: its cursor after the last row. ``rest``: what is left of the document ``place`` of pass ``epoch``, of ``n_tokens`` in all;
-    the stream ``is_open`` from the first row on. ``waiting`` holds (epoch, place, text kept). ``group``: by best fit, the documents that
-    are packed together.
+    the stream ``is_open`` from the first row on. ``waiting`` holds (epoch, place, text kept). ``group``: by best fit, the documents
+    that are packed together.
     """
 
     def __init__(self, begin: Cursor) -> None:
