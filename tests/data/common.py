@@ -91,6 +91,21 @@ def exchange(loaders: Sequence[RowLoader]) -> bool:
     return wanted
 
 
+def agreed_end(loaders: Sequence[RowLoader]) -> str:
+    """What the ranks find together: each hears the least of all their numbers."""
+    numbers: list[float] = []
+
+    def hear(number: float) -> float:
+        numbers.append(number)
+        return number
+
+    for loader in loaders:
+        loader.ended_for_all(hear)
+    assert len(numbers) in (0, len(loaders)), "all ask or none"
+    (reason,) = {loader.ended_for_all(lambda _: min(numbers)) for loader in loaders}
+    return reason
+
+
 def run_steps(config: DataConfig, state: dict[str, Any] | None, *, steps: int, rows: int, local: int, degree: int, **options: Any):
     """``steps`` steps on ``degree`` ranks from ``state``: the content of each row by its number, and the merged state."""
     loaders = [loader_of(config, rows=rows, local=local, rank=rank, degree=degree, **options) for rank in range(degree)]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.data.common import content, exchange, loader_of, make_texts, run_steps, write_jsonl
+from tests.data.common import agreed_end, content, exchange, loader_of, make_texts, run_steps, write_jsonl
 from titanarch.cli.main import main
 from titanarch.data import stream_groups
 from titanarch.data.config import DataConfig
 from titanarch.data.layout import RunLayout
 from titanarch.data.phases import Phase, Phases
-from titanarch.data.row_loader import RowLoader, merge_states
+from titanarch.data.row_loader import merge_states
 from titanarch.data.tokenizers.bytes import BytesConfig, BytesTokenizer
 
 SEQ_LEN = 16
@@ -50,20 +50,6 @@ def options_of(sizes: Sequence[Sizes], local: Sequence[int]) -> dict[str, Any]:
     return {"seq_len": last.seq_len, "rows": last.global_batch_size, "local": last.local_batch_size, "earlier": phases}
 
 
-def end_of(loaders: Sequence[RowLoader]) -> str:
-    """Why the ranks find, together, that the next step cannot be had."""
-    numbers: list[float] = []
-
-    def hear(number: float) -> float:
-        numbers.append(number)
-        return number
-
-    for loader in loaders:
-        loader.ended_for_all(hear)
-    (reason,) = {loader.ended_for_all(lambda _: min(numbers)) for loader in loaders}
-    return reason
-
-
 class Run:
     """A run of phases as a trainer has it: rows by number, and the state to go on from."""
 
@@ -83,7 +69,7 @@ class Run:
         loaders = [loader_of(config, rank=rank, degree=degree, **options_of(self.sizes, local)) for rank in range(degree)]
         for loader in loaders if self.state is not None else ():
             loader.load_state_dict(json.loads(json.dumps(self.state)))
-        self.reason = end_of(loaders)
+        self.reason = agreed_end(loaders)
         while self.step < until and not self.reason:
             for loader in loaders:
                 for _ in range(loader.accumulation_steps):
@@ -93,7 +79,7 @@ class Run:
             self.step += 1
             before = merge_states([loader.state_dict() for loader in loaders])
             self.n_exchanges += exchange(loaders)
-            self.reason = end_of(loaders)
+            self.reason = agreed_end(loaders)
             self.state = merge_states([loader.state_dict() for loader in loaders])
             assert self.state == before, "neither the exchange nor looking ahead moves a stream"
         for loader in loaders:

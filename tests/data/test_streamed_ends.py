@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.common import content, joined_bytes, loader_of, make_texts, write_jsonl
+from tests.data.common import agreed_end, content, joined_bytes, loader_of, make_texts, write_jsonl
 from titanarch.config.errors import ConfigError
 from titanarch.data.config import DataConfig
 from titanarch.data.mixed_streams import SourceEnded, source_of
-from titanarch.data.row_loader import RowLoader, merge_states
+from titanarch.data.row_loader import merge_states
 from titanarch.data.rows_ahead import RowsAhead
 
 SEQ_LEN = 16
@@ -32,21 +32,6 @@ DROP = {"b": {"weight": 1.0, "at_end": "drop"}, "c": {"schedule": [[0, 0.1], [60
 def mixture_of(mixture_of: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
     """The same, streamed."""
     return partial(mixture_of, mode="streamed", streams=N_STREAMS)
-
-
-def agreed_end(loaders: list[RowLoader]) -> str:
-    """What the ranks find together: each hears the least of all their numbers."""
-    numbers: list[float] = []
-
-    def hear(number: float) -> float:
-        numbers.append(number)
-        return number
-
-    for loader in loaders:
-        loader.ended_for_all(hear)
-    assert len(numbers) == len(loaders)
-    (reason,) = {loader.ended_for_all(lambda _: min(numbers)) for loader in loaders}
-    return reason
 
 
 def run_on(
