@@ -6,6 +6,8 @@ packed by best fit. At the end of the source every stream begins it again. One r
 all the streams it serves; the documents of a stream that is behind are put aside meanwhile.
 """
 
+import errno
+import os
 import sys
 import tempfile
 from collections import deque
@@ -70,19 +72,20 @@ class _Aside:
     """Texts put aside, in memory up to ASIDE_BYTES and in a temporary file beyond."""
 
     def __init__(self) -> None:
-        self._in_memory = self._in_file = 0
+        self._in_memory = self._in_file = self._end = 0
         self._file: Any = None
 
     def put(self, text: str) -> str | tuple[int, int]:
-        """What ``take`` gives the text back for, once."""
+        """What ``take`` gives the text back for, once. Raises OSError where the disk is full."""
         if self._in_memory + sys.getsizeof(text) <= ASIDE_BYTES:
             self._in_memory += sys.getsizeof(text)
             return text
         content = text.encode()
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
-        place = self._file.seek(0, 2)
-        self._file.write(content)
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this object
+        if os.pwrite(self._file.fileno(), content, self._end) != len(content):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, for texts of streams that are put aside", tempfile.gettempdir())
+        place, self._end = self._end, self._end + len(content)
         self._in_file += 1
         return place, len(content)
 
@@ -90,11 +93,12 @@ class _Aside:
         if isinstance(kept, str):
             self._in_memory -= sys.getsizeof(kept)
             return kept
-        self._file.seek(kept[0])
-        text = self._file.read(kept[1]).decode()
+        place, n_bytes = kept
+        text = os.pread(self._file.fileno(), n_bytes, place).decode()
         self._in_file -= 1
         if self._in_file == 0:
             self._file.truncate(0)
+            self._end = 0
         return text
 
 
@@ -284,9 +288,14 @@ class StreamReader:
         """Read the documents of the group again that the cursor says; those of rows to come are tokenized when their row comes."""
         stream.group = self._planned(stream.at)
         for number in range(len(stream.at.lengths)):
-            stream.epoch, stream.place, text = self._next_text(stream)
+            if not stream.waiting:
+                epoch, place, text = self._found(stream)
+                stream.waiting.append((epoch, place, self._aside.put(text)))
+            stream.epoch, stream.place, kept = stream.waiting.popleft()
             if stream.group.wants(number):
-                stream.group.keep(number, partial(self._tokens_of, self._aside.put(text)))
+                stream.group.keep(number, partial(self._tokens_of, kept))
+            else:
+                self._aside.take(kept)
 
     def _planned(self, at: Cursor) -> Group:
         seed = self._shuffle.seed

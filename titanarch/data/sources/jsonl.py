@@ -66,10 +66,11 @@ class JsonLines(TextSource):
 
     def text(self, position: Position, record: bytes) -> str:
         try:
-            text = from_json(record)[self.text_key]  # which refuses half of a surrogate pair itself
+            item = from_json(record)  # which refuses half of a surrogate pair itself
+            text = item[self.text_key] if not self.id_key or self.id_key in item else None
         except (ValueError, TypeError, KeyError):
-            return super().text(position, record)
-        return text if type(text) is str and not self.id_key else super().text(position, record)
+            text = None
+        return text if type(text) is str else super().text(position, record)
 
     def parse(self, position: Position, record: bytes) -> Document:
         item = self.parse_object(position, record)
