@@ -14,6 +14,7 @@ from titanarch.data.config import DataConfig
 from titanarch.data.loader import build_loader
 from titanarch.data.row_loader import merge_states
 from titanarch.data.streamed_loader import StreamedLoader
+from titanarch.data.streams import _Aside
 from titanarch.data.tokenizers import build_tokenizer
 
 SEQ_LEN = 16
@@ -231,3 +232,10 @@ def test_limit_of_documents(config: DataConfig) -> None:
     assert seen <= set(tokens.tolist())
     if config.mode == "indexed":
         assert len(set(rows.values())) <= (len(tokens) - 1) // SEQ_LEN
+
+
+def test_no_room_for_texts_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanarch.data.streams.ASIDE_BYTES", 0)
+    monkeypatch.setattr("os.pwrite", lambda file, content, place: len(content) - 1)
+    with pytest.raises(OSError, match="No space left on device, for texts of streams that are put aside"):
+        _Aside().put("a text")
